@@ -1,0 +1,174 @@
+"""The multirate family: short patches, causal ConvNeXt blocks at a few falling rates, a residual quantizer, and back.
+
+    audio -> windows of a few patches -> blocks at 1 kHz -> blocks at 250 Hz -> blocks at 50 Hz -> latents -> codes
+    codes -> latents -> blocks at 50 Hz -> blocks at 250 Hz -> blocks at 1 kHz -> overlapping patches -> audio
+
+Everything is linear layers over rows and depthwise causal convolutions, which can be made independent of what comes
+with them bit for bit (`codec.kernels.row_linear`). That is why a stream gives the same bits as a file, and a row the
+same bits alone as in a batch: there is only one code path, the step, and the offline calls run it in pieces.
+
+A network at the frame rate alone cannot move a waveform by less than a frame, and so never learns phase; at 1 kHz it
+can, and the cost of the fast stages is small because they are narrow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codec.config import build, register
+from codec.layers.causal import (
+    CausalLayer,
+    ConvNeXtBlock,
+    Downsample,
+    History,
+    Linear,
+    Sequential,
+    State,
+    Upsample,
+    leaves,
+)
+from codec.models.interface import StreamableCodec
+from codec.quantizers.interface import Quantizer
+from codec.quantizers.residual import ResidualVQConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultirateConfig:
+    """`hop_length = patch_samples * prod(strides)`; channels and blocks are listed from the fastest rate to the slowest.
+
+    `window_patches` patches, the current one last, make an input window; the output overlaps as many. The decoder may
+    look `decode_delay_frames` frames ahead: its output is that much later than its input.
+    """
+
+    sample_rate_hz: int
+    patch_samples: int
+    strides: tuple[int, ...]
+    encoder_channels: tuple[int, ...]
+    encoder_blocks: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    quantizer: ResidualVQConfig
+    window_patches: int = 3
+    kernel_size: int = 7
+    expansion: int = 4
+    decode_delay_frames: int = 1
+
+    def __post_init__(self) -> None:
+        num_rates = len(self.strides) + 1
+        for name in ("encoder_channels", "encoder_blocks", "decoder_channels", "decoder_blocks"):
+            if len(getattr(self, name)) != num_rates:
+                raise ValueError(f"{name} must name {num_rates} rates, one more than strides; got {getattr(self, name)}")
+        if min(self.sample_rate_hz, self.patch_samples, self.window_patches, self.kernel_size, *self.strides) < 1:
+            raise ValueError("rates, sizes and strides must be positive")
+        if self.decode_delay_frames < 0:
+            raise ValueError("decode_delay_frames must not be negative")
+
+
+@register("multirate", MultirateConfig)
+class MultirateCodec(StreamableCodec):
+    """A streamable mono codec; see `AudioCodec` and `StreamableCodec` for the meaning of its methods and attributes."""
+
+    num_channels = 1
+    encode_delay_samples = 0
+
+    def __init__(self, config: MultirateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sample_rate_hz = config.sample_rate_hz
+        self.hop_length = config.patch_samples * prod(config.strides)
+        self.decode_delay_samples = config.decode_delay_frames * self.hop_length
+        self.encoder = Sequential(_encoder_layers(config))
+        self.quantizer: Quantizer = build(config.quantizer)
+        self.decoder = Sequential(_decoder_layers(config))
+        self.codebook_sizes = self.quantizer.codebook_sizes
+        self.valid_num_quantizers = self.quantizer.valid_num_quantizers
+
+    @torch.inference_mode()
+    def encode_init(self, batch_size: int) -> State:
+        return self.encoder.init_state(batch_size)
+
+    @torch.inference_mode()
+    def encode_step(
+        self, audio: Tensor, state: State, *, num_quantizers: int | None = None
+    ) -> tuple[Tensor, State]:
+        if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] % self.hop_length:
+            raise ValueError(f"audio must be [B, 1, n * {self.hop_length}], got {tuple(audio.shape)}")
+        latents, state = self.encode_latents(audio[:, 0], state)
+        return self.quantizer.encode(latents, num_quantizers=num_quantizers), state
+
+    @torch.inference_mode()
+    def encode_flush(self, state: State, *, num_quantizers: int | None = None) -> Tensor:
+        batch_size = next(leaves(state)).shape[0]
+        num_rows = self.quantizer.check_num_quantizers(num_quantizers)
+        return torch.zeros(batch_size, num_rows, 0, dtype=torch.int64, device=self.quantizer.device)
+
+    @torch.inference_mode()
+    def decode_init(self, batch_size: int, global_codes: Tensor | None = None) -> State:
+        if global_codes is not None:
+            raise ValueError("this codec has no global codes")
+        return self.decoder.init_state(batch_size)
+
+    @torch.inference_mode()
+    def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
+        if codes.dim() != 3 or codes.dtype != torch.int64:
+            raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
+        audio, state = self.decode_latents(self.quantizer.decode(codes), state)
+        return audio[:, None], state
+
+    @torch.inference_mode()
+    def decode_flush(self, state: State) -> Tensor:
+        batch_size, num_rows = next(leaves(state)).shape[0], self.valid_num_quantizers[0]
+        absent = torch.full((batch_size, num_rows, self.config.decode_delay_frames), -1, device=self.quantizer.device)
+        return self.decode_step(absent, state)[0]
+
+    # Networks, shared by training and inference: [B, F * hop] <-> latents [B, D, F].
+
+    def encode_latents(self, audio: Tensor, state: State) -> tuple[Tensor, State]:
+        """Audio [B, F * hop] -> latents [B, D, F] of unit scale, before quantization."""
+        patches = audio.unflatten(1, (audio.shape[1] // self.config.patch_samples, self.config.patch_samples))
+        rows, state = self.encoder.step(patches, state)
+        # A fixed scale: without it the commitment loss shrinks the latents towards zero.
+        return F.layer_norm(rows.float(), rows.shape[-1:]).transpose(1, 2), state
+
+    def decode_latents(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
+        """Latents [B, D, F] -> audio [B, F * hop], late by `decode_delay_samples`."""
+        rows, state = self.decoder.step(latents.transpose(1, 2), state)
+        return rows.flatten(1).float(), state
+
+
+def _encoder_layers(config: MultirateConfig) -> list[CausalLayer]:
+    channels = config.encoder_channels
+    layers: list[CausalLayer] = [
+        History(config.patch_samples, config.window_patches - 1),
+        Linear(config.patch_samples * config.window_patches, channels[0]),
+    ]
+    for rate, num_blocks in enumerate(config.encoder_blocks):
+        if rate:
+            layers.append(Downsample(channels[rate - 1], channels[rate], config.strides[rate - 1]))
+        layers += _blocks(config, channels[rate], num_blocks, sum(config.encoder_blocks))
+    return [*layers, Linear(channels[-1], config.quantizer.latent_dim)]
+
+
+def _decoder_layers(config: MultirateConfig) -> list[CausalLayer]:
+    channels = config.decoder_channels
+    layers: list[CausalLayer] = [Linear(config.quantizer.latent_dim, channels[-1])]
+    for rate in reversed(range(len(channels))):
+        layers += _blocks(config, channels[rate], config.decoder_blocks[rate], sum(config.decoder_blocks))
+        if rate:
+            layers.append(Upsample(channels[rate], channels[rate - 1], config.strides[rate - 1]))
+    head = Linear(channels[0] * config.window_patches, config.patch_samples)
+    with torch.no_grad():
+        head.weight.mul_(0.05)  # start near the level of speech: a loud start costs hundreds of steps
+    return [*layers, History(channels[0], config.window_patches - 1), head]
+
+
+def _blocks(config: MultirateConfig, channels: int, num_blocks: int, total: int) -> list[CausalLayer]:
+    return [
+        ConvNeXtBlock(channels, kernel_size=config.kernel_size, expansion=config.expansion, num_blocks=total)
+        for _ in range(num_blocks)
+    ]

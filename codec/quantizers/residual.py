@@ -1,0 +1,298 @@
+"""Residual and grouped residual vector quantization with codebooks learned by moving averages.
+
+Shapes: B batch, D dims, F frames, N = B * F rows, S stages, G groups, C entries, K = S * G code rows, d = D / G.
+Code row k = stage * G + group. A prefix of whole stages is a lower rate of the same model.
+
+Source: SoundStream (Zeghidour et al. 2021) sections III.C-D for the residual chain, moving averages and quantizer
+dropout; HiFi-Codec (Yang et al. 2023) section 2.2 for groups; VQ-VAE (van den Oord et al. 2017) appendix A.1 for the
+moving averages. Unlike common implementations of these, here k-means initialisation survives the first update (sums
+hold mean * count), a restarted code stays restarted (sums and counts move with it), "dead" is relative to uniform use
+(no dependence on batch size), and the residual chain is detached, so every stage's commitment reaches the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from codec.config import register
+from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
+from codec.quantizers.interface import Quantized, Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualVQConfig:
+    """`num_stages` stages of `num_groups` codebooks with `codebook_size` entries over `latent_dim` dimensions.
+
+    `ema_decay` is the moving average's memory per update; a code used less than `dead_threshold` times the uniform
+    share is restarted from a latent of the current batch.
+    """
+
+    latent_dim: int
+    num_stages: int
+    num_groups: int = 1
+    codebook_size: int = 1024
+    ema_decay: float = 0.99
+    dead_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.latent_dim, self.num_stages, self.num_groups, self.codebook_size) < 1:
+            raise ValueError("latent_dim, num_stages, num_groups and codebook_size must be positive")
+        if self.latent_dim % self.num_groups:
+            raise ValueError(f"latent_dim={self.latent_dim} is not a multiple of num_groups={self.num_groups}")
+        if not 0.0 < self.ema_decay < 1.0 or not 0.0 <= self.dead_threshold < 1.0:
+            raise ValueError("ema_decay must lie in (0, 1) and dead_threshold in [0, 1)")
+
+
+@register("residual_vq", ResidualVQConfig)
+class ResidualVQ(Quantizer):
+    """Residual VQ (`num_groups=1`) and grouped residual VQ.
+
+    The state dict holds the codebooks only; the moving averages are training state (`training_state`), and where they
+    are not restored they start as if every entry had been used alike.
+
+    >>> import torch
+    >>> quantizer = ResidualVQ(ResidualVQConfig(latent_dim=8, num_stages=2, codebook_size=16))
+    >>> codes = quantizer.encode(torch.randn(1, 8, 5))
+    >>> codes.shape, quantizer.decode(codes[:, :1]).shape
+    (torch.Size([1, 2, 5]), torch.Size([1, 8, 5]))
+    """
+
+    codebooks: Tensor
+
+    def __init__(self, config: ResidualVQConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_codebooks = config.num_stages * config.num_groups
+        dim = config.latent_dim // config.num_groups
+        self.codebook_sizes = (config.codebook_size,) * num_codebooks
+        self.valid_num_quantizers = tuple(
+            range(config.num_groups, num_codebooks + 1, config.num_groups)
+        )
+        self.register_buffer("codebooks", torch.randn(num_codebooks, config.codebook_size, dim))
+        self._counts_KC: Tensor | None = None
+        self._sums_KCd: Tensor | None = None
+        self._num_updates = 0
+        self._offsets: tuple[object, Tensor] | None = None
+
+    def _score_offsets(self) -> Tensor:
+        """`score_offsets` of the codebooks as they are now, kept until they are written to or moved."""
+        key = (self.codebooks.data_ptr(), None if self.codebooks.is_inference() else self.codebooks._version)
+        if self._offsets is None or self._offsets[0] != key:
+            self._offsets = (key, score_offsets(self.codebooks))
+        return self._offsets[1]
+
+    def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+        num_rows = self.check_num_quantizers(num_quantizers)
+        batch_size, num_dims, num_frames = latents.shape
+        rows_ND = latents.transpose(1, 2).reshape(-1, num_dims)
+        offsets_KC = self._score_offsets()[:num_rows]
+        codes_NK = rvq_search(rows_ND, self.codebooks[:num_rows], offsets_KC, num_groups=self.config.num_groups)
+        return codes_NK.view(batch_size, num_frames, num_rows).transpose(1, 2)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        self.check_num_quantizers(codes.shape[1])
+        if codes.numel() and not (codes.min() >= -1 and codes.max() < self.config.codebook_size):
+            raise ValueError(f"codes must lie in -1..{self.config.codebook_size - 1}, got {codes.min()}..{codes.max()}")
+        batch_size, num_rows, num_frames = codes.shape
+        codes_NK = codes.transpose(1, 2).reshape(-1, num_rows)
+        latents_ND = rvq_decode(codes_NK, self.codebooks, num_groups=self.config.num_groups)
+        return latents_ND.view(batch_size, num_frames, self.config.latent_dim).transpose(1, 2)
+
+    def forward(
+        self, latents: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None
+    ) -> Quantized:
+        batch_size, num_dims, num_frames = latents.shape
+        groups, num_codebooks = self.config.num_groups, len(self.codebook_sizes)
+        rows_ND = latents.float().transpose(1, 2).reshape(-1, num_dims)
+        if isinstance(num_quantizers, Tensor):
+            if not set(num_quantizers.tolist()) <= set(self.valid_num_quantizers):
+                raise ValueError(f"num_quantizers={num_quantizers.tolist()}: each must be one of {self.valid_num_quantizers}")
+            per_item = num_quantizers.to(latents.device)
+        else:
+            per_item = torch.full((batch_size,), self.check_num_quantizers(num_quantizers), device=latents.device)
+        present_NK = torch.arange(num_codebooks, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
+        if mask is not None:
+            present_NK = present_NK & mask.reshape(-1, 1)
+        codes_NK = rvq_search(rows_ND, self.codebooks, num_groups=groups)
+        codes_NK = torch.where(present_NK, codes_NK, -1)
+
+        # The chain is detached: stage s sees the latents minus constants, so its commitment reaches the encoder.
+        residual_NGd = rows_ND.view(-1, groups, num_dims // groups)
+        commitment = rows_ND.new_zeros(())
+        for row in range(num_codebooks):
+            entries_Nd = self.codebooks[row, codes_NK[:, row].clamp_min(0)]
+            entries_Nd = torch.where(present_NK[:, row, None], entries_Nd, 0.0)
+            residual_NGd = _subtract(residual_NGd, row % groups, entries_Nd)
+            weight_N = present_NK[:, row].float()
+            error = residual_NGd[:, row % groups].square().mean(-1)
+            commitment = commitment + (error * weight_N).sum() / weight_N.sum().clamp_min(1.0)
+        commitment = commitment / num_codebooks
+
+        quantized_ND = rvq_decode(codes_NK, self.codebooks, num_groups=groups)
+        rows_ND = rows_ND + (quantized_ND - rows_ND).detach()
+        return Quantized(
+            latents=rows_ND.view(batch_size, num_frames, num_dims).transpose(1, 2),
+            codes=codes_NK.view(batch_size, num_frames, num_codebooks).transpose(1, 2),
+            losses={"commitment": commitment},
+            stats=_usage(codes_NK, self.config.codebook_size),
+            inputs=latents.detach().float(),
+        )
+
+    @torch.no_grad()
+    def update(self, *quantized: Quantized) -> None:
+        """Move the codebooks towards what was assigned to them; restart dead codes. All-reduced under DDP.
+
+        The first update of a quantizer that was not initialised keeps its random entries: call `initialize` first.
+        """
+        self._start_averages()
+        assert self._counts_KC is not None and self._sums_KCd is not None
+        config, groups = self.config, self.config.num_groups
+        rows_ND = torch.cat([q.inputs.transpose(1, 2).reshape(-1, config.latent_dim) for q in quantized])
+        codes_NK = torch.cat([q.codes.transpose(1, 2).reshape(-1, len(self.codebook_sizes)) for q in quantized])
+        residual_NGd = rows_ND.view(-1, groups, config.latent_dim // groups).clone()
+        generator = torch.Generator(rows_ND.device).manual_seed(self._num_updates)
+        self._num_updates += 1
+        for row in range(codes_NK.shape[1]):
+            present_N = codes_NK[:, row] >= 0
+            codes_n = codes_NK[present_N, row]
+            inputs_nd = residual_NGd[present_N, row % groups]
+            counts_C = torch.bincount(codes_n, minlength=config.codebook_size).to(inputs_nd.dtype)
+            sums_Cd = torch.zeros_like(self.codebooks[row]).index_add_(0, codes_n, inputs_nd)
+            counts_C, sums_Cd = _all_reduce(counts_C), _all_reduce(sums_Cd)
+            candidates_Cd = _candidates(inputs_nd, config.codebook_size, generator)
+            residual_NGd[present_N, row % groups] -= self.codebooks[row, codes_n]
+            if counts_C.sum() > 0:
+                self._move(row, counts_C, sums_Cd, candidates_Cd)
+
+    def _move(self, row: int, counts_C: Tensor, sums_Cd: Tensor, candidates_Cd: Tensor | None) -> None:
+        assert self._counts_KC is not None and self._sums_KCd is not None
+        mean_C, total_Cd = self._counts_KC[row], self._sums_KCd[row]
+        mean_C.lerp_(counts_C, 1.0 - self.config.ema_decay)
+        total_Cd.lerp_(sums_Cd, 1.0 - self.config.ema_decay)
+        uniform = mean_C.mean()
+        dead_C = mean_C < self.config.dead_threshold * uniform
+        if candidates_Cd is not None:
+            # Sums and counts move with the entry, or the next update would undo the restart.
+            total_Cd.copy_(torch.where(dead_C[:, None], candidates_Cd * uniform, total_Cd))
+            mean_C.copy_(torch.where(dead_C, uniform, mean_C))
+        self.codebooks[row] = total_Cd / mean_C.clamp_min(1e-5)[:, None]
+
+    @torch.no_grad()
+    def initialize(self, latents: Tensor, *, num_iterations: int = 10, seed: int = 0) -> None:
+        """Set the codebooks by k-means, stage after stage, on representative latents [B, D, F].
+
+        Needs at least as many frames as codebook entries (ValueError), and serves best with ten times as many.
+        """
+        rows_ND = latents.detach().float().transpose(1, 2).reshape(-1, self.config.latent_dim)
+        if rows_ND.shape[0] < self.config.codebook_size:
+            raise ValueError(f"{rows_ND.shape[0]} frames are too few to initialise {self.config.codebook_size} entries")
+        groups = self.config.num_groups
+        residual_NGd = rows_ND.view(-1, groups, self.config.latent_dim // groups).clone()
+        generator = torch.Generator(rows_ND.device).manual_seed(seed)
+        self._start_averages()
+        assert self._counts_KC is not None and self._sums_KCd is not None
+        for row in range(len(self.codebook_sizes)):
+            points_Nd = residual_NGd[:, row % groups]
+            entries_Cd, counts_C = _k_means(points_Nd, self.config.codebook_size, num_iterations, generator)
+            _broadcast(entries_Cd)
+            _broadcast(counts_C)
+            self.codebooks[row] = entries_Cd
+            # The average holds counts per update; k-means saw all at once. Any scale works while sums match.
+            self._counts_KC[row] = counts_C
+            self._sums_KCd[row] = entries_Cd * counts_C[:, None]
+            codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
+            residual_NGd[:, row % groups] -= entries_Cd[codes_N]
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The moving averages, for a checkpoint that training resumes from."""
+        self._start_averages()
+        assert self._counts_KC is not None and self._sums_KCd is not None
+        return {
+            "counts": self._counts_KC,
+            "sums": self._sums_KCd,
+            "num_updates": torch.tensor(self._num_updates),
+        }
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `training_state` returned."""
+        self._counts_KC = state["counts"].to(self.codebooks)
+        self._sums_KCd = state["sums"].to(self.codebooks)
+        self._num_updates = int(state["num_updates"])
+
+    def _start_averages(self) -> None:
+        if self._counts_KC is None or self._sums_KCd is None or self._counts_KC.device != self.codebooks.device:
+            self._counts_KC = torch.ones_like(self.codebooks[:, :, 0])
+            self._sums_KCd = self.codebooks.clone()
+
+
+def draw_num_quantizers(
+    valid_num_quantizers: tuple[int, ...], batch_size: int, *, full_fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Quantizer dropout: per item a prefix length [B], all stages with probability `full_fraction`, else uniform."""
+    valid = torch.tensor(valid_num_quantizers)
+    drawn = valid[torch.randint(len(valid), (batch_size,), generator=generator)]
+    full = torch.rand(batch_size, generator=generator) < full_fraction
+    return torch.where(full, valid[-1], drawn)
+
+
+def _subtract(residual_NGd: Tensor, group: int, entries_Nd: Tensor) -> Tensor:
+    if residual_NGd.shape[1] == 1:
+        return residual_NGd - entries_Nd[:, None]
+    parts = list(residual_NGd.unbind(1))
+    parts[group] = parts[group] - entries_Nd
+    return torch.stack(parts, dim=1)
+
+
+def _usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
+    perplexity, dead_fraction = [], []
+    for codes_N in codes_NK.unbind(1):
+        counts_C = torch.bincount(codes_N[codes_N >= 0], minlength=codebook_size).float()
+        share_C = counts_C / counts_C.sum().clamp_min(1.0)
+        perplexity.append(torch.exp(-(share_C * share_C.clamp_min(1e-12).log()).sum()))
+        dead_fraction.append((counts_C == 0).float().mean())
+    return {"perplexity": torch.stack(perplexity), "dead_fraction": torch.stack(dead_fraction)}
+
+
+def _k_means(points_Nd: Tensor, num_entries: int, num_iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Entries [C, d] and how many points each has [C]; an entry that loses all points keeps its place."""
+    chosen = torch.randperm(points_Nd.shape[0], generator=generator, device=points_Nd.device)[:num_entries]
+    entries_Cd = points_Nd[chosen].clone()
+    counts_C = points_Nd.new_ones(num_entries)
+    for _ in range(num_iterations):
+        codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
+        counts_C = torch.bincount(codes_N, minlength=num_entries).to(points_Nd.dtype)
+        sums_Cd = torch.zeros_like(entries_Cd).index_add_(0, codes_N, points_Nd)
+        entries_Cd = torch.where(counts_C[:, None] > 0, sums_Cd / counts_C.clamp_min(1.0)[:, None], entries_Cd)
+    return entries_Cd, counts_C
+
+
+def _candidates(inputs_nd: Tensor, num_entries: int, generator: torch.Generator) -> Tensor | None:
+    """Random inputs, one per entry, the same on every process; None where no process has any."""
+    num_inputs = inputs_nd.shape[0]
+    if num_inputs == 0 and not _is_distributed():
+        return None
+    if num_inputs == 0:
+        drawn = inputs_nd.new_zeros(num_entries, inputs_nd.shape[1])
+    else:
+        drawn = inputs_nd[torch.randint(num_inputs, (num_entries,), generator=generator, device=inputs_nd.device)]
+    return _broadcast(drawn)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _all_reduce(values: Tensor) -> Tensor:
+    if _is_distributed():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def _broadcast(values: Tensor) -> Tensor:
+    if _is_distributed():
+        torch.distributed.broadcast(values, src=0)
+    return values

@@ -1,0 +1,128 @@
+"""Tokens: what a codec makes of audio, and the orders in which language models like to read it.
+
+Letters: B batch, K rows of codes, F frames, L global tokens, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Codes of a batch of recordings.
+
+    codes: int64 [B, K, F]; row 0 is the coarsest; frames past a recording's end hold 0.
+    num_samples: int64 [B]; audio length at the codec's rate.
+    codec_id: which model made them; decoding with another one is an error.
+    global_codes: int64 [B, L], tokens of the whole recording, where a model has them.
+    scales: float32 [B, S], loudness per segment, where a model has it.
+
+    >>> tokens = Tokens(torch.zeros(1, 8, 50, dtype=torch.int64), torch.tensor([16000]), "example")
+    >>> tokens.prefix(4).codes.shape
+    torch.Size([1, 4, 50])
+    """
+
+    codes: Tensor
+    num_samples: Tensor
+    codec_id: str
+    global_codes: Tensor | None = None
+    scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.dim() != 3 or self.codes.dtype != torch.int64:
+            raise ValueError(f"codes must be int64 [B, K, F], got {self.codes.dtype} {tuple(self.codes.shape)}")
+        if self.num_samples.shape != self.codes.shape[:1] or self.num_samples.dtype != torch.int64:
+            raise ValueError(
+                f"num_samples must be int64 [{self.codes.shape[0]}], got {self.num_samples.dtype} {tuple(self.num_samples.shape)}"
+            )
+
+    def prefix(self, num_quantizers: int) -> Tokens:
+        """The first rows of codes: the same recording at a lower rate. Which prefixes decode, the codec says."""
+        if not 1 <= num_quantizers <= self.codes.shape[1]:
+            raise ValueError(f"num_quantizers={num_quantizers} is not in 1..{self.codes.shape[1]}")
+        return replace(self, codes=self.codes[:, :num_quantizers])
+
+    def row(self, index: int) -> Tokens:
+        """One recording of the batch, as a batch of one. Its frames keep the batch's padding."""
+        if not -self.codes.shape[0] <= index < self.codes.shape[0]:
+            raise ValueError(f"row {index} is not in a batch of {self.codes.shape[0]}")
+        at = slice(index, index + 1 or None)
+        return replace(
+            self,
+            codes=self.codes[at],
+            num_samples=self.num_samples[at],
+            global_codes=None if self.global_codes is None else self.global_codes[at],
+            scales=None if self.scales is None else self.scales[at],
+        )
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens on another device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            num_samples=self.num_samples.to(device),
+            global_codes=None if self.global_codes is None else self.global_codes.to(device),
+            scales=None if self.scales is None else self.scales.to(device),
+        )
+
+    @staticmethod
+    def stack(tokens: Sequence[Tokens]) -> Tokens:
+        """One batch of several, padded with code 0 to the longest. All must come from one codec, with equal K."""
+        if not tokens:
+            raise ValueError("there is nothing to stack")
+        ids, num_rows = {t.codec_id for t in tokens}, {t.codes.shape[1] for t in tokens}
+        if len(ids) > 1 or len(num_rows) > 1:
+            raise ValueError(f"cannot stack tokens of codecs {sorted(ids)} with {sorted(num_rows)} rows of codes")
+        num_frames = max(t.codes.shape[2] for t in tokens)
+
+        def joined(parts: list[Tensor | None], name: str) -> Tensor | None:
+            given = [p for p in parts if p is not None]
+            if given and len(given) < len(parts):
+                raise ValueError(f"only some of the tokens have {name}")
+            return torch.cat(given) if given else None
+
+        return Tokens(
+            codes=torch.cat([F.pad(t.codes, (0, num_frames - t.codes.shape[2])) for t in tokens]),
+            num_samples=torch.cat([t.num_samples for t in tokens]),
+            codec_id=tokens[0].codec_id,
+            global_codes=joined([t.global_codes for t in tokens], "global_codes"),
+            scales=joined([t.scales for t in tokens], "scales"),
+        )
+
+
+def flatten(codes: Tensor) -> Tensor:
+    """Codes [B, K, F] -> [B, F * K], frame after frame, coarsest first: one sequence for a plain language model."""
+    return codes.transpose(1, 2).flatten(1)
+
+
+def unflatten(sequence: Tensor, num_quantizers: int) -> Tensor:
+    """Undo `flatten`. The sequence must hold whole frames."""
+    if num_quantizers < 1 or sequence.shape[1] % num_quantizers:
+        raise ValueError(f"{sequence.shape[1]} codes are not whole frames of {num_quantizers}")
+    return sequence.unflatten(1, (-1, num_quantizers)).transpose(1, 2)
+
+
+def delay(codes: Tensor, *, fill: int) -> Tensor:
+    """Shift row k by k frames: [B, K, F] -> [B, K, F + K - 1], with `fill` where there is no code.
+
+    Source: MusicGen (Copet et al. 2023), section 2.2, the delay pattern: a step predicts all rows at once, and every
+    row still sees the coarser rows of its own frame.
+    """
+    num_rows = codes.shape[1]
+    rows = [F.pad(codes[:, k], (k, num_rows - 1 - k), value=fill) for k in range(num_rows)]
+    return torch.stack(rows, dim=1)
+
+
+def undelay(delayed: Tensor) -> Tensor:
+    """Undo `delay`: [B, K, F + K - 1] -> [B, K, F]."""
+    num_rows = delayed.shape[1]
+    num_frames = delayed.shape[2] - num_rows + 1
+    if num_frames < 0:
+        raise ValueError(f"{delayed.shape[2]} columns are too few for {num_rows} delayed rows")
+    return torch.stack([delayed[:, k, k : k + num_frames] for k in range(num_rows)], dim=1)

@@ -1,0 +1,1 @@
+"""Training code, run from a checkout (extra `train`)."""

@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Shared machines stall for seconds at times; a deadline would measure them, not the code.
+# The fixture that sets the number of threads means the same for every example that hypothesis draws.
+settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("default")
+
+
+# Tiny models gain nothing from a second thread; the tests for which threads matter ask for `num_threads`.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""One-file programs for people who work on the project."""
