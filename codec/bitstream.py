@@ -270,10 +270,11 @@ class Reader:
         self.num_samples = num_samples
 
     def _read_header(self) -> Header:
-        fixed = self._exactly(_FIXED.size, "the header")
-        magic, version, flags, codec_id, codec_rate_hz, rate_hz, num_channels, hop_length, num_rows = _FIXED.unpack(fixed)
+        magic = self._exactly(len(MAGIC), "the header")
         if magic != MAGIC:
             raise BitstreamError("not a .codec file")
+        fixed = magic + self._exactly(_FIXED.size - len(MAGIC), "the header")
+        _, version, flags, codec_id, codec_rate_hz, rate_hz, num_channels, hop_length, num_rows = _FIXED.unpack(fixed)
         if version != VERSION or flags:
             raise BitstreamError(f"version {version} (flags {flags}) needs a newer version of this program")
         sizes = self._exactly(4 * num_rows + 1, "the header")

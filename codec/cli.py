@@ -269,6 +269,10 @@ def _decode(codec: StreamableCodec, header: Header, codes: np.ndarray, num_sampl
         raise BitstreamError(
             f"the file was made by {header.model} (id {header.codec_id}); this is {codec.name} (id {codec.codec_id})"
         )
+    num_rows = len(header.codebook_sizes)
+    claims = (header.codec_rate_hz, header.hop_length, header.codebook_sizes)
+    if claims != (codec.sample_rate_hz, codec.hop_length, tuple(codec.codebook_sizes[:num_rows])):
+        raise BitstreamError(f"the file's header does not fit the model that it names, {codec.name}")
     length = resampled_length(num_samples, header.rate_hz, codec.sample_rate_hz)
     tokens = Tokens(torch.from_numpy(codes), torch.full((len(codes),), length), codec.codec_id)
     audio = codec.decode(tokens)[:, 0].numpy()

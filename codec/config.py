@@ -46,6 +46,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if type(value) not in _names:
+                raise ValueError(f"{type(value).__name__} is not a registered configuration")
             fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
             return {"type": _names[type(value)], **fields}
         return [plain(v) for v in value] if isinstance(value, tuple) else value
@@ -80,7 +82,7 @@ def from_dict(data: Any, path: str = "config") -> Any:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         config = from_dict(value, path)
         if not isinstance(config, hint):
             fitting = _names.get(hint, hint.__name__)

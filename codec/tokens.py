@@ -85,6 +85,8 @@ class Tokens:
             given = [p for p in parts if p is not None]
             if given and len(given) < len(parts):
                 raise ValueError(f"only some of the tokens have {name}")
+            if len({p.shape[1:] for p in given}) > 1:
+                raise ValueError(f"cannot stack {name} of {sorted(p.shape[1] for p in given)} per recording")
             return torch.cat(given) if given else None
 
         return Tokens(

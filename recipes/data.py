@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -102,7 +102,7 @@ def pack_audio(source: Path, out: Path, *, sample_rate_hz: int, split: str = "tr
 class PackedSpeech(Dataset[Tensor]):
     """Random crops of a packed set: item i is a float32 tensor [1, crop_samples] in -1..1, drawn by (seed, i).
 
-    There is no end to the items; `EpochSampler` says which ones an epoch has. `corpus_weights` scales how often a
+    There is no end to the items; `RunSampler` says which ones an epoch has. `corpus_weights` scales how often a
     corpus is drawn relative to its size in samples (1.0 where unnamed; 0 leaves it out). A crop whose RMS is below
     `min_rms_db` is drawn again, up to three times, so that long silences are seen but do not fill the batches. Gain is
     drawn uniformly in decibels from `gain_db`, and held back where it would clip.
@@ -160,27 +160,24 @@ class PackedSpeech(Dataset[Tensor]):
         return crop
 
 
-class EpochSampler(Sampler[int]):
-    """Item numbers of one epoch: epoch e has items e * n .. (e + 1) * n - 1, shared out among the processes.
+class RunSampler(Sampler[int]):
+    """Item numbers of one epoch: `num_items` of them from `first_item()` on, shared out among the processes.
 
-    Lightning calls `set_epoch`; so a run that is resumed at an epoch draws what it would have drawn.
+    The first item is asked for when an epoch begins. It follows from the steps done rather than from Lightning's count
+    of epochs, which differs by one after a checkpoint is resumed.
     """
 
-    def __init__(self, num_items: int, *, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, num_items: int, first_item: Callable[[], int], *, rank: int = 0, num_ranks: int = 1) -> None:
         self.num_items = num_items // num_ranks * num_ranks
+        self.first_item = first_item
         self.rank = rank
         self.num_ranks = num_ranks
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_items // self.num_ranks
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.num_items
+        first = self.first_item()
         return iter(range(first + self.rank, first + self.num_items, self.num_ranks))
 
 
@@ -194,9 +191,9 @@ class SpeechData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        assert self.trainer is not None
-        config = self.config
-        items = config.batch_size * config.steps_per_epoch * self.trainer.world_size
+        trainer, config = self.trainer, self.config
+        assert trainer is not None
+        items_per_step = config.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         dataset = PackedSpeech(
             Path(config.train_dir),
             sample_rate_hz=self.sample_rate_hz,
@@ -206,7 +203,12 @@ class SpeechData(pl.LightningDataModule):
             min_rms_db=config.min_rms_db,
             gain_db=config.gain_db,
         )
-        sampler = EpochSampler(items, rank=self.trainer.global_rank, num_ranks=self.trainer.world_size)
+        sampler = RunSampler(
+            items_per_step * config.steps_per_epoch,
+            lambda: items_per_step * int(trainer.global_step),
+            rank=trainer.global_rank,
+            num_ranks=trainer.world_size,
+        )
         return DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.num_workers)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -214,4 +216,4 @@ class SpeechData(pl.LightningDataModule):
         dataset = PackedSpeech(
             Path(config.dev_dir), sample_rate_hz=self.sample_rate_hz, crop_samples=config.dev_crop_samples, seed=0
         )
-        return DataLoader(dataset, config.batch_size, sampler=EpochSampler(config.num_dev_items))
+        return DataLoader(dataset, config.batch_size, sampler=range(config.num_dev_items))

@@ -249,6 +249,11 @@ def test_a_claim_of_gigantic_size_allocates_nothing(data: bytes, from_disk: bool
         tracemalloc.stop()
 
 
+def test_a_block_that_is_too_large_is_refused_even_where_it_is_whole() -> None:
+    assert "more than" in refusal(header_bytes() + block(200, bytes(2**24 + 1)) + end_block(0, 0))
+    assert read(header_bytes() + block(200, bytes(2**24)) + end_block(0, 0))[2] == 0
+
+
 def test_the_largest_frame_of_a_header_allocates_nothing() -> None:
     data = header_bytes(num_channels=65535, codebook_sizes=(2**24,) * 255) + block(FRAMES, leb128(1) + bytes(1000))
     tracemalloc.start()
@@ -286,6 +291,7 @@ def test_other_versions_and_unknown_flags_are_refused(version: int, flags: int) 
 
 def test_other_files_are_refused() -> None:
     assert "not a .codec file" in refusal(b"RIFF" + bytes(100))
+    assert "not a .codec file" in refusal(b"a short text")
     assert "not a .codec file" in refusal(header_bytes().replace(b"\r\n", b"\n\n") + end_block(0, 0))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codec.kernels.row_linear import row_linear
+from codec.kernels.row_linear import pad_rows, row_linear
 
 
 def score_offsets(codebooks_KCd: Tensor) -> Tensor:
@@ -32,9 +32,11 @@ def rvq_reference(
 
     The nearest entry e of a residual r maximises r . e - |e|^2 / 2; |r|^2 is the same for all entries.
     """
-    num_rows, num_dims = latents_ND.shape
+    num_given, num_dims = latents_ND.shape
     num_codebooks = codebooks_KCd.shape[0]
-    residual_NGd = latents_ND.reshape(num_rows, num_groups, num_dims // num_groups).clone()
+    padded_ND = pad_rows(latents_ND, codebooks_KCd[0])
+    num_rows = padded_ND.shape[0]
+    residual_NGd = padded_ND.reshape(num_rows, num_groups, num_dims // num_groups).clone()
     codes_NK = torch.zeros(num_rows, num_codebooks, dtype=torch.int64, device=latents_ND.device)
     for row in range(num_codebooks):
         group = row % num_groups
@@ -43,7 +45,7 @@ def rvq_reference(
         codes_N = scores_NC.max(dim=-1).indices
         codes_NK[:, row] = codes_N
         residual_NGd[:, group] -= codebooks_KCd[row, codes_N]
-    return codes_NK
+    return codes_NK[:num_given]
 
 
 _IMPLEMENTATIONS = {"reference": rvq_reference}

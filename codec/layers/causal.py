@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec.kernels.row_linear import row_linear
+from codec.kernels.row_linear import pad_rows, row_linear
 
 State: TypeAlias = "Tensor | tuple[State, ...]"
 
@@ -86,11 +86,20 @@ class DepthwiseConv(CausalLayer):
         context = state.shape[1]
         if x.shape[1] == 0:
             return x, state
+        num_rows = x.shape[1]
         x = torch.cat([state.to(x.dtype), x], dim=1)
-        # As a 2-D convolution over a channels-last image of height 1: no transposed copy, twice as fast as conv1d.
-        image = x.transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(image, self.weight, self.bias, groups=self.weight.shape[0])
-        return y.squeeze(2).transpose(1, 2), x[:, x.shape[1] - context :]
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            # For training: a 2-D convolution over a channels-last image of height 1 needs no transposed copy.
+            image = x.transpose(1, 2).unsqueeze(2)
+            y = F.conv2d(image, self.weight, self.bias, groups=self.weight.shape[0])
+            y = y.squeeze(2).transpose(1, 2)
+        else:
+            # One product per tap: elementwise, so the same bits for any number of rows, and half the cost for one.
+            taps = self.weight.flatten(1).t().contiguous()
+            y = torch.addcmul(self.bias, x[:, :num_rows], taps[0])
+            for tap in range(1, context + 1):
+                y.addcmul_(x[:, tap : tap + num_rows], taps[tap])
+        return y, x[:, num_rows:]
 
 
 class ConvNeXtBlock(CausalLayer):
@@ -114,8 +123,9 @@ class ConvNeXtBlock(CausalLayer):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.conv.step(x, state)
-        y = self.project(F.gelu(self.expand(self.norm(y))))
-        return x + y, state
+        rows = pad_rows(y.flatten(0, 1), self.expand.weight, self.project.weight)
+        rows = self.project(F.gelu(self.expand(self.norm(rows))))
+        return x + rows[: y.shape[0] * y.shape[1]].view(y.shape), state
 
 
 class Downsample(CausalLayer):

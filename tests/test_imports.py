@@ -1,0 +1,89 @@
+"""Who may import whom, what `import codec` costs, and what it offers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import codec
+
+ROOT = Path(__file__).resolve().parent.parent
+ANYTHING = {
+    "audio", "bitstream", "config", "evaluation", "kernels", "layers", "models", "pretrained", "quantizers", "streaming",
+    "tokens",
+}  # fmt: skip
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "kernels": set(),
+    "tokens": set(),
+    "audio": set(),
+    "bitstream": {"tokens"},
+    "layers": {"kernels"},
+    "quantizers": {"config", "kernels", "layers"},
+    "models": {"config", "layers", "quantizers", "tokens"},
+    "streaming": {"models", "tokens"},
+    "pretrained": {"config", "models"},
+    "evaluation": ANYTHING,
+    "testing": ANYTHING,
+    "cli": ANYTHING,
+}
+HEAVY = ["torch", "pytorch_lightning", "hydra", "librosa", "transformers", "torchaudio", "triton", "numpy", "soundfile"]
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of this project that a file imports, at any depth of its code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in {"codec", "recipes", "tools", "tests"}}
+
+
+def _parts(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("codec.") and name.split(".")[1] in ALLOWED}
+
+
+def test_the_table_names_every_part() -> None:
+    parts = {path.stem for path in (ROOT / "codec").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_parts_import_only_what_lies_below_them(part: str) -> None:
+    home = ROOT / "codec" / part
+    files = sorted(home.rglob("*.py")) if home.is_dir() else [home.with_suffix(".py")]
+    for file in files:
+        names = _imports(file)
+        assert not {name for name in names if name.split(".")[0] != "codec"}, f"{file} imports from outside the library"
+        assert _parts(names) <= ALLOWED[part] | {part}, file
+
+
+def test_recipes_import_no_tools() -> None:
+    for file in (ROOT / "recipes").rglob("*.py"):
+        assert not {name for name in _imports(file) if name.split(".")[0] in {"tools", "tests"}}, file
+
+
+def test_importing_codec_loads_nothing_heavy() -> None:
+    for module in ("codec", "codec.cli"):
+        code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", module
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert codec.__all__ == sorted(codec.__all__)
+    assert dir(codec) == codec.__all__
+    for name in codec.__all__:
+        assert getattr(codec, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = codec.nothing
+
+
+def test_files_stay_small() -> None:
+    for folder in ("codec", "recipes", "tools", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert len(file.read_text(encoding="utf-8").splitlines()) <= 800, file
