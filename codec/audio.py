@@ -58,7 +58,7 @@ def write_audio(path: str | os.PathLike[str], audio: np.ndarray, rate_hz: int) -
 
 
 def resample(audio: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """[C, T] at another rate: exactly `resampled_length(T, from_hz, to_hz)` samples; unchanged where rates are equal."""
+    """[C, T] at another rate: exactly `resampled_length(T, from_hz, to_hz)` samples; as it is where rates are equal."""
     if from_hz == to_hz:
         return audio
     result = soxr.resample(np.ascontiguousarray(audio.T), from_hz, to_hz, quality="HQ").T

@@ -1,9 +1,9 @@
-"""The `.codec` container: a header, then typed blocks with checksums, little endian throughout.
+r"""The `.codec` container: a header, then typed blocks with checksums, little endian throughout.
 
 Header
 
     offset  size  field
-    0       8     magic: 89 43 4F 44 45 43 0D 0A ("\\x89CODEC\\r\\n"; text-mode transfers break it visibly)
+    0       8     magic: 89 43 4F 44 45 43 0D 0A ("\x89CODEC\r\n"; text-mode transfers break it visibly)
     8       1     version (1)
     9       1     flags (0; a reader refuses flags it does not know)
     10      8     codec id: the first 8 bytes of the SHA-256 that names the model's weights and configuration
@@ -49,7 +49,8 @@ MAGIC = b"\x89CODEC\r\n"
 VERSION = 1
 FRAMES, END, GLOBAL, FIRST_OPTIONAL = 1, 2, 3, 128
 FRAMES_PER_BLOCK = 50
-_MAX_PAYLOAD_BYTES = 2**24
+_MAX_PAYLOAD_BYTES = 2**20
+_MAX_RATE_HZ = 1_000_000
 _MAX_CODEBOOK_SIZE = 2**24
 _READ_BYTES = 2**16
 _FIXED = struct.Struct("<8sBB8sIIHIB")
@@ -77,6 +78,12 @@ class Header:
             raise BitstreamError(f"a codec id is 16 hexadecimal digits, not {self.codec_id!r}")
         if min(self.codec_rate_hz, self.rate_hz, self.num_channels, self.hop_length) < 1:
             raise BitstreamError("rates, channels and hop must be positive")
+        if max(self.codec_rate_hz, self.rate_hz) > _MAX_RATE_HZ:
+            raise BitstreamError(
+                f"rates of {self.codec_rate_hz} and {self.rate_hz} Hz: at most {_MAX_RATE_HZ} are allowed"
+            )
+        if not self.model.isprintable():
+            raise BitstreamError(f"the model's name holds control characters: {self.model!r}")
         if not 1 <= len(self.codebook_sizes) <= 255:
             raise BitstreamError(f"a frame has 1 to 255 rows of codes, not {len(self.codebook_sizes)}")
         if not all(2 <= size <= _MAX_CODEBOOK_SIZE for size in self.codebook_sizes):
@@ -153,6 +160,7 @@ class Writer:
     """Writes a container block by block: `write(codes)` as often as needed, then `finish(num_samples)`.
 
     To a path, the file appears whole at `finish` or not at all. To a binary stream, blocks leave as they fill up.
+    A writer is finished once; leave its `with` block right after.
     """
 
     def __init__(self, target: str | os.PathLike[str] | BinaryIO, header: Header) -> None:
@@ -172,7 +180,9 @@ class Writer:
     def write(self, codes: np.ndarray) -> None:
         """Append codes int64 [channels, K, F], F >= 0."""
         if codes.ndim != 3 or codes.shape[:2] != self._pending.shape[:2]:
-            raise BitstreamError(f"codes must be [{self._pending.shape[0]}, {self._pending.shape[1]}, F], got {codes.shape}")
+            raise BitstreamError(
+                f"codes must be [{self._pending.shape[0]}, {self._pending.shape[1]}, F], got {codes.shape}"
+            )
         self._pending = np.concatenate([self._pending, codes], axis=2)
         while self._pending.shape[2] >= FRAMES_PER_BLOCK:
             self._write_frames(self._pending[:, :, :FRAMES_PER_BLOCK])
@@ -195,7 +205,9 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._path is not None:
             try:
                 self._file.close()  # may fail on a full disk
@@ -239,7 +251,9 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -264,7 +278,9 @@ class Reader:
             raise BitstreamError("the END block has the wrong size")
         num_samples, num_frames = _END.unpack(payload)
         if num_frames != self.num_frames or frames_for(num_samples, self.header) != num_frames:
-            raise BitstreamError(f"END speaks of {num_frames} frames and {num_samples} samples, but {self.num_frames} frames came")
+            raise BitstreamError(
+                f"END speaks of {num_frames} frames and {num_samples} samples, but {self.num_frames} frames came"
+            )
         if self._file.read(1):
             raise BitstreamError("there are bytes after END")
         self.num_samples = num_samples

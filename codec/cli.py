@@ -31,7 +31,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A bundled model or a folder with one.")]
 NumQuantizers = Annotated[
-    int | None, typer.Option("--num-quantizers", "-k", help="Rows of codes to keep: fewer is a lower rate. Default: all.")
+    int | None,
+    typer.Option("--num-quantizers", "-k", help="Rows of codes to keep: fewer is a lower rate. Default: all."),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads. One is fast; codes depend on the number.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output file that exists.")]
@@ -78,7 +79,9 @@ def encode(
 def decode(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A .codec file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The WAV file to write.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The model; default: the one the file names.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model; default: the one the file names.")
+    ] = None,
     threads: Threads = 1,
     force: Force = False,
 ) -> None:
@@ -152,8 +155,13 @@ def roundtrip(
     typer.echo(f"model      {report['model']}, {report['num_quantizers']} rows of codes, {threads} thread(s)")
     typer.echo(f"audio      {seconds:.3f} s, {len(audio)} channel(s) at {rate_hz} Hz")
     typer.echo(f"samples    {report['num_samples_in']} in, {report['num_samples_out']} out")
-    typer.echo(f"bitrate    {report['codes_bps'] / 1000:.2f} kbps of codes, {report['container_bps'] / 1000:.2f} kbps as a file")
-    typer.echo(f"speed      encode {report['encode_times_real_time']:.0f}x, decode {report['decode_times_real_time']:.0f}x real time")
+    typer.echo(
+        f"bitrate    {report['codes_bps'] / 1000:.2f} kbps of codes, {report['container_bps'] / 1000:.2f} as a file"
+    )
+    typer.echo(
+        f"speed      encode {report['encode_times_real_time']:.0f}x real time, "
+        f"decode {report['decode_times_real_time']:.0f}x"
+    )
     units = {"si_sdr_db": ("SI-SDR", " dB"), "log_spectral_db": ("log-spectral distance", " dB")}
     for name, value in report["metrics"].items():
         label, unit = units.get(name, (name.upper().replace("_", "-"), ""))
@@ -165,7 +173,9 @@ def roundtrip(
 
 @app.command()
 def info(
-    source: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A .codec file; none: this installation.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A .codec file; none: this installation.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Say what a .codec file holds, or which models and kernels there are."""
@@ -214,7 +224,8 @@ def _installation() -> dict[str, Any]:
         model = load(name)
         rates = [model.bitrate_bps(k) / 1000 for k in model.valid_num_quantizers]
         facts[f"model {name}"] = (
-            f"id {model.codec_id}, {model.sample_rate_hz} Hz, {rates[0]:g} to {rates[-1]:g} kbps in {len(rates)} steps, delay "
+            f"id {model.codec_id}, {model.sample_rate_hz} Hz, {rates[0]:g} to {rates[-1]:g} kbps in "
+            f"{len(rates)} steps, delay "
             f"{model.hop_length + model.encode_delay_samples} samples to encode, {model.decode_delay_samples} to decode"
         )
     return facts

@@ -28,7 +28,9 @@ def evaluate(reference: np.ndarray, estimate: np.ndarray, rate_hz: int, metrics:
     if not reference.any():
         return dict.fromkeys(metrics, float("nan"))
     functions = {"si_sdr_db": _si_sdr_db, "log_spectral_db": _log_spectral_db, "stoi": _stoi, "pesq_wb": _pesq_wb}
-    return {name: functions[name](reference.astype(np.float64), estimate.astype(np.float64), rate_hz) for name in metrics}
+    return {
+        name: functions[name](reference.astype(np.float64), estimate.astype(np.float64), rate_hz) for name in metrics
+    }
 
 
 def _si_sdr_db(reference: np.ndarray, estimate: np.ndarray, rate_hz: int) -> float:

@@ -46,7 +46,9 @@ def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.
     bundled = available()
     folder = bundled.get(name, Path(name))
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name!r} is neither a bundled model ({', '.join(bundled) or 'none'}) nor a folder with a config.json")
+        raise ValueError(
+            f"{name!r} is neither a bundled model ({', '.join(bundled) or 'none'}) nor a folder with a config.json"
+        )
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -106,7 +108,11 @@ def compute_codec_id(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], weights: Path) -> None:
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unknown:
-        raise ValueError(f"{weights} does not fit its config.json: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}")
+        raise ValueError(
+            f"{weights} does not fit its config.json: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
+        )
     for key, value in tensors.items():
         if value.shape != expected[key].shape:
-            raise ValueError(f"{weights}: {key} is {tuple(value.shape)}, the config asks for {tuple(expected[key].shape)}")
+            raise ValueError(
+                f"{weights}: {key} is {tuple(value.shape)}, the config asks for {tuple(expected[key].shape)}"
+            )

@@ -52,7 +52,9 @@ class StreamingEncoder:
         if self._flushed:
             raise ValueError("this stream was flushed; reset it to begin another")
         if audio.dim() != 2 or audio.shape[0] != self._codec.num_channels or not audio.is_floating_point():
-            raise ValueError(f"audio must be float [{self._codec.num_channels}, n], got {audio.dtype} {tuple(audio.shape)}")
+            raise ValueError(
+                f"audio must be float [{self._codec.num_channels}, n], got {audio.dtype} {tuple(audio.shape)}"
+            )
         if not torch.isfinite(audio).all():
             raise ValueError("audio holds NaN or infinity")
         # Pieces are joined only when a frame is complete, so tiny pushes stay cheap; copied, since a caller may

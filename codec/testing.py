@@ -45,11 +45,19 @@ def speech_like(num_samples: int, *, rate_hz: int = 16000, seed: int = 0) -> np.
     time = np.arange(num_samples) / rate_hz
     pitch_hz = 120 + 30 * np.sin(2 * np.pi * 0.7 * time + rng.uniform(0, 6)) + 10 * np.sin(2 * np.pi * 2.3 * time)
     phase = 2 * np.pi * np.cumsum(pitch_hz) / rate_hz
-    formants_hz = [500 + 250 * np.sin(2 * np.pi * 1.9 * time), 1500 + 500 * np.sin(2 * np.pi * 1.3 * time + 1), 2600 + 0 * time]
+    formants_hz = [
+        500 + 250 * np.sin(2 * np.pi * 1.9 * time),
+        1500 + 500 * np.sin(2 * np.pi * 1.3 * time + 1),
+        2600 + 0 * time,
+    ]
     audio = np.zeros(num_samples)
     for harmonic in range(1, 25):
         gain = sum(np.exp(-0.5 * ((harmonic * pitch_hz - f) / 180) ** 2) for f in formants_hz)
         audio += gain * np.sin(harmonic * phase) / harmonic**0.5
     syllables = np.clip(np.sin(2 * np.pi * 2.1 * time) + 0.4, 0, 1)
     audio = audio * syllables + 0.03 * rng.standard_normal(num_samples) * (1 - syllables)
-    return (0.5 * audio / max(float(np.abs(audio).max()), 1e-9)).astype(np.float32) if num_samples else audio.astype(np.float32)
+    return (
+        (0.5 * audio / max(float(np.abs(audio).max()), 1e-9)).astype(np.float32)
+        if num_samples
+        else audio.astype(np.float32)
+    )

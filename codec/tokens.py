@@ -39,7 +39,8 @@ class Tokens:
             raise ValueError(f"codes must be int64 [B, K, F], got {self.codes.dtype} {tuple(self.codes.shape)}")
         if self.num_samples.shape != self.codes.shape[:1] or self.num_samples.dtype != torch.int64:
             raise ValueError(
-                f"num_samples must be int64 [{self.codes.shape[0]}], got {self.num_samples.dtype} {tuple(self.num_samples.shape)}"
+                f"num_samples must be int64 [{self.codes.shape[0]}], "
+                f"got {self.num_samples.dtype} {tuple(self.num_samples.shape)}"
             )
 
     def prefix(self, num_quantizers: int) -> Tokens:
@@ -107,7 +108,8 @@ def unflatten(sequence: Tensor, num_quantizers: int) -> Tensor:
     """Undo `flatten`. The sequence must hold whole frames."""
     if num_quantizers < 1 or sequence.shape[1] % num_quantizers:
         raise ValueError(f"{sequence.shape[1]} codes are not whole frames of {num_quantizers}")
-    return sequence.unflatten(1, (-1, num_quantizers)).transpose(1, 2)
+    frames: Tensor = sequence.unflatten(1, (-1, num_quantizers))
+    return frames.transpose(1, 2)
 
 
 def delay(codes: Tensor, *, fill: int) -> Tensor:

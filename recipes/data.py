@@ -71,7 +71,8 @@ def _sources(source: Path, split: str) -> list[_Source]:
 def _decode(source: _Source, sample_rate_hz: int) -> np.ndarray:
     audio, rate_hz = soundfile.read(source.file, dtype="float32", always_2d=True)
     mono = resample(audio.mean(axis=1)[None], rate_hz, sample_rate_hz)[0]
-    return np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
+    samples: np.ndarray = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
+    return samples
 
 
 def pack_audio(source: Path, out: Path, *, sample_rate_hz: int, split: str = "train", num_workers: int = 1) -> int:
@@ -86,9 +87,7 @@ def pack_audio(source: Path, out: Path, *, sample_rate_hz: int, split: str = "tr
     total = 0
     partial_file = out / "audio.i16.partial"
     with partial_file.open("wb") as packed, ProcessPoolExecutor(num_workers) as pool:
-        decoded: Iterator[np.ndarray] = pool.map(
-            partial(_decode, sample_rate_hz=sample_rate_hz), sources, chunksize=8
-        )
+        decoded: Iterator[np.ndarray] = pool.map(partial(_decode, sample_rate_hz=sample_rate_hz), sources, chunksize=8)
         for item, audio in zip(sources, decoded, strict=True):
             packed.write(audio.tobytes())
             clips.append(Clip(item.path, item.corpus, item.speaker, item.text, total, len(audio)))
@@ -120,7 +119,9 @@ class PackedSpeech(Dataset[Tensor]):
         gain_db: Sequence[float] = (0.0, 0.0),
     ) -> None:
         if not (folder / "index.json").is_file():
-            raise ValueError(f"{folder} holds no packed audio; make it with: python -m tools.prepare_data SOURCE {folder}")
+            raise ValueError(
+                f"{folder} holds no packed audio; make it with: python -m tools.prepare_data SOURCE {folder}"
+            )
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["sample_rate_hz"] != sample_rate_hz:
             raise ValueError(f"{folder} is packed at {index['sample_rate_hz']} Hz, the model needs {sample_rate_hz} Hz")

@@ -48,7 +48,9 @@ class SpectralLoss(nn.Module):
             # every scale.
             filters = filters / filters.sum(axis=1, keepdims=True)
             self.register_buffer(f"mel_{size}", torch.from_numpy(filters).float(), persistent=False)
-            self.register_buffer(f"window_{size}", torch.hann_window(size) / torch.hann_window(size).sum(), persistent=False)
+            self.register_buffer(
+                f"window_{size}", torch.hann_window(size) / torch.hann_window(size).sum(), persistent=False
+            )
 
     def forward(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
         totals = [estimate.new_zeros(()) for _ in range(3)]
@@ -56,8 +58,14 @@ class SpectralLoss(nn.Module):
             for size in self.window_samples:
                 with torch.no_grad():
                     wanted = self._features(target.float(), size)
-                for index, (ours, theirs) in enumerate(zip(self._features(estimate.float(), size), wanted, strict=True)):
-                    error = F.l1_loss(ours, theirs) if index == 0 else F.mse_loss(ours, theirs) / theirs.square().mean().clamp_min(1e-9)
+                for index, (ours, theirs) in enumerate(
+                    zip(self._features(estimate.float(), size), wanted, strict=True)
+                ):
+                    error = (
+                        F.l1_loss(ours, theirs)
+                        if index == 0
+                        else F.mse_loss(ours, theirs) / theirs.square().mean().clamp_min(1e-9)
+                    )
                     totals[index] = totals[index] + error / len(self.window_samples)
         return {"mel": totals[0], "magnitude": totals[1], "complex": totals[2]}
 

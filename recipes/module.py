@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from codec.models.multirate import MultirateCodec
@@ -91,7 +92,7 @@ class CodecTraining(pl.LightningModule):
             norms = gradient_norms(self.codec.named_parameters())
             self.log_dict({f"gradient_norm/{part}": norm for part, norm in norms.items()})
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config.optimizer
         betas = (float(config.betas[0]), float(config.betas[1]))
         optimizer = MuonAdamW(self.codec, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
@@ -157,7 +158,7 @@ class CodecTraining(pl.LightningModule):
             self._collected.clear()
             self.quantizer_since.fill_(self.global_step)
         done = self.global_step - int(self.quantizer_since)
-        return min(1.0, (done + 1) / max(1, config.quantizer_ramp_steps))
+        return min(1.0, (done + 1) / max(1, int(config.quantizer_ramp_steps)))
 
     def _log_usage(self, quantized: Quantized) -> None:
         if self.global_step % self.config.trainer.log_every_n_steps:

@@ -25,7 +25,10 @@ LAYERS: dict[str, tuple[CausalLayer, int]] = {
     "downsample": (Downsample(6, 8, 3), 3),
     "upsample": (Upsample(6, 8, 3), 1),
     "history": (History(6, 2), 1),
-    "sequential": (Sequential([History(6, 1), Linear(12, 6), Downsample(6, 6, 2), DepthwiseConv(6, 3), Upsample(6, 4, 4)]), 2),
+    "sequential": (
+        Sequential([History(6, 1), Linear(12, 6), Downsample(6, 6, 2), DepthwiseConv(6, 3), Upsample(6, 4, 4)]),
+        2,
+    ),
 }
 
 

@@ -38,9 +38,7 @@ def test_lengths_are_exact(num_samples: int) -> None:
 
 @given(cuts=st.lists(st.integers(0, 7), min_size=1, max_size=10), batch_size=st.integers(1, 3), groups=st.booleans())
 @settings(max_examples=25)
-def test_steps_give_the_bits_of_the_whole(
-    num_threads: int, cuts: list[int], batch_size: int, groups: bool
-) -> None:
+def test_steps_give_the_bits_of_the_whole(num_threads: int, cuts: list[int], batch_size: int, groups: bool) -> None:
     codec = GROUPED if groups else CODEC
     audio = torch.cat([_audio(sum(cuts) * HOP, seed=seed) for seed in range(batch_size)])
     tokens = codec.encode(audio)

@@ -181,7 +181,7 @@ def test_packing_reads_manifests_and_names_what_is_wrong(tmp_path: Path) -> None
         pack_audio(tmp_path / "nothing", tmp_path / "out", sample_rate_hz=16000)
     with pytest.raises(ValueError, match="packed at 16000 Hz"):
         PackedSpeech(tmp_path / "out", sample_rate_hz=24000, crop_samples=100, seed=0)
-    with pytest.raises(ValueError, match="tools.prepare_data"):
+    with pytest.raises(ValueError, match=r"tools\.prepare_data"):
         PackedSpeech(tmp_path, sample_rate_hz=24000, crop_samples=100, seed=0)
 
 
@@ -232,7 +232,10 @@ def test_the_optimizer_is_muon_and_adamw_and_resumes() -> None:
 
 
 def test_the_schedule_warms_up_and_ends_low() -> None:
-    _, optimizer = tiny_codec(), MuonAdamW(tiny_codec().requires_grad_(True), lr=1.0, weight_decay=0.0, betas=(0.9, 0.98))
+    _, optimizer = (
+        tiny_codec(),
+        MuonAdamW(tiny_codec().requires_grad_(True), lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
+    )
     schedule = warmup_cosine(optimizer, warmup_steps=10, total_steps=110, final_fraction=0.01)
     factors = [schedule.lr_lambdas[0](step) for step in (0, 9, 10, 60, 110, 500)]
     assert factors == pytest.approx([0.1, 1.0, 1.0, 0.505, 0.01, 0.01])
@@ -240,5 +243,5 @@ def test_the_schedule_warms_up_and_ends_low() -> None:
 
 def test_an_unknown_value_in_the_model_is_named() -> None:
     values = to_dict(tiny_config()) | {"colour": "red"}
-    with pytest.raises(ValueError, match="model.colour: multirate has no such setting"):
+    with pytest.raises(ValueError, match=r"model\.colour: multirate has no such setting"):
         from_dict(values, "model")

@@ -1,5 +1,7 @@
 """Each bug that the published trainers share (dead restarts, undone k-means, a chained residual) has a test here."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def test_every_stage_commits_the_encoder() -> None:
         quantizer(x, num_quantizers=num_quantizers).losses["commitment"].backward()
         assert x.grad is not None
         gradients.append(x.grad.clone())
-    for shorter, longer in zip(gradients, gradients[1:], strict=False):
+    for shorter, longer in itertools.pairwise(gradients):
         assert float((longer - shorter).norm()) > 0.05 * float(gradients[0].norm())
 
 
@@ -101,7 +103,11 @@ def test_a_restarted_code_stays_restarted() -> None:
     far[0, :40] = 100.0
     quantizer.codebooks.copy_(far)
     quantizer.load_training_state(
-        {"counts": torch.where(torch.arange(64) < 40, 0.0, 32.0)[None], "sums": far * 32, "num_updates": torch.tensor(0)}
+        {
+            "counts": torch.where(torch.arange(64) < 40, 0.0, 32.0)[None],
+            "sums": far * 32,
+            "num_updates": torch.tensor(0),
+        }
     )
     quantizer.update(quantizer(latents))
     assert float(quantizer.codebooks.norm(dim=-1).max()) < 10

@@ -16,7 +16,9 @@ def _audio(num_samples: int) -> torch.Tensor:
 
 @given(sizes=st.lists(st.integers(0, 3 * HOP), max_size=12), num_quantizers=st.sampled_from([None, 1, 2, 3]))
 @settings(max_examples=30)
-def test_a_stream_encodes_to_the_bits_of_the_file(num_threads: int, sizes: list[int], num_quantizers: int | None) -> None:
+def test_a_stream_encodes_to_the_bits_of_the_file(
+    num_threads: int, sizes: list[int], num_quantizers: int | None
+) -> None:
     audio = _audio(sum(sizes))
     encoder = StreamingEncoder(CODEC, num_quantizers=num_quantizers)
     parts = [encoder.push(piece) for piece in audio.split(sizes, dim=1)] if sizes else []

@@ -32,7 +32,9 @@ from codec.testing import speech_like
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 
 
-def _measure_file(file: Path, *, model: str, num_quantizers: tuple[int, ...], metrics: tuple[str, ...]) -> dict[int, dict[str, float]]:
+def _measure_file(
+    file: Path, *, model: str, num_quantizers: tuple[int, ...], metrics: tuple[str, ...]
+) -> dict[int, dict[str, float]]:
     torch.set_num_threads(1)
     codec = load(model)
     audio, rate_hz = read_audio(file)
@@ -128,7 +130,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Parse arguments and measure; a mistake in them is one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"a bundled model or a folder (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"a bundled model or a folder (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     commands = parser.add_subparsers(dest="command", required=True)
     quality_parser = commands.add_parser("quality", help="metrics over a folder of recordings")
@@ -148,7 +152,12 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.json:
-        about = {"model": args.model, "id": load(args.model).codec_id, "torch": torch.__version__, "machine": platform.processor()}
+        about = {
+            "model": args.model,
+            "id": load(args.model).codec_id,
+            "torch": torch.__version__,
+            "machine": platform.processor(),
+        }
         print(json.dumps(about | result))
     elif args.command == "quality":
         _print_table(result["quality"])

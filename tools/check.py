@@ -40,7 +40,18 @@ def set_up(extras: str) -> None:
     if not (BIN / "python").exists():
         print(f"making {ENVIRONMENT} (once; downloads PyTorch)", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
-    _run(BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", "-e", f".[{extras}]")
+    _run(
+        BIN / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        "constraints.txt",
+        "-e",
+        f".[{extras}]",
+    )
     before = stamp.read_text() if stamp.is_file() else ""
     stamp.write_text(before + "\0" + wanted)
 
@@ -70,7 +81,7 @@ def test(*, fast: bool) -> None:
 
 def main() -> None:
     """Parse arguments and run."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (this file starts before anything is installed)
         sys.exit("Python 3.11 or newer is needed")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=["demo", "test"])

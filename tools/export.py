@@ -24,7 +24,9 @@ def export(run: Path, out: Path, *, name: str, checkpoint: str = "last.ckpt", dt
     codec = build_codec(OmegaConf.load(run / "config.yaml"))  # type: ignore[arg-type]
     # Weights-only: a checkpoint from elsewhere can run no code here.
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    codec.load_state_dict({key.removeprefix("codec."): value for key, value in state.items() if key.startswith("codec.")})
+    codec.load_state_dict(
+        {key.removeprefix("codec."): value for key, value in state.items() if key.startswith("codec.")}
+    )
     return save(codec, out, name=name, dtype=dtype)
 
 

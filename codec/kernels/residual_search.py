@@ -25,9 +25,7 @@ def score_offsets(codebooks_KCd: Tensor) -> Tensor:
     return codebooks_KCd.square().sum(-1) / -2
 
 
-def rvq_reference(
-    latents_ND: Tensor, codebooks_KCd: Tensor, offsets_KC: Tensor, *, num_groups: int = 1
-) -> Tensor:
+def rvq_reference(latents_ND: Tensor, codebooks_KCd: Tensor, offsets_KC: Tensor, *, num_groups: int = 1) -> Tensor:
     """The specification: int64 codes [N, K] by the rules above, in the dtype of the latents.
 
     The nearest entry e of a residual r maximises r . e - |e|^2 / 2; |r|^2 is the same for all entries.
@@ -62,15 +60,20 @@ def rvq_search(
 ) -> Tensor:
     """Codes int64 [N, K] of latents [N, D] in codebooks [K, C, D / num_groups]; no gradient, float32 inside.
 
-    `offsets_KC` is `score_offsets(codebooks_KCd)` where the caller has it. `impl` names an implementation, or "auto" for the best one for these inputs. Raises ValueError for shapes that do
+    `offsets_KC` is `score_offsets(codebooks_KCd)` where the caller has it. `impl` names an implementation,
+    or "auto" for the best one for these inputs. Raises ValueError for shapes that do
     not fit or an implementation that is not there.
     """
     if latents_ND.dim() != 2 or codebooks_KCd.dim() != 3:
-        raise ValueError(f"expected latents [N, D] and codebooks [K, C, d], got {tuple(latents_ND.shape)} and {tuple(codebooks_KCd.shape)}")
+        raise ValueError(
+            f"expected latents [N, D] and codebooks [K, C, d], "
+            f"got {tuple(latents_ND.shape)} and {tuple(codebooks_KCd.shape)}"
+        )
     num_codebooks, _, codebook_dim = codebooks_KCd.shape
     if codebook_dim * num_groups != latents_ND.shape[1] or num_codebooks % num_groups:
         raise ValueError(
-            f"latents of {latents_ND.shape[1]} dims do not fit {num_codebooks} codebooks of {codebook_dim} dims in {num_groups} groups"
+            f"latents of {latents_ND.shape[1]} dims do not fit "
+            f"{num_codebooks} codebooks of {codebook_dim} dims in {num_groups} groups"
         )
     name = resolve_impl(impl)
     with torch.autocast(latents_ND.device.type, enabled=False):

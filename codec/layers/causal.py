@@ -8,7 +8,7 @@ the zero state. Forking a stream is assignment, and resetting one row is `where_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,12 +189,15 @@ class Sequential(CausalLayer):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    def _layers(self) -> Iterator[CausalLayer]:
+        return cast("Iterator[CausalLayer]", iter(self.layers))
+
     def init_state(self, batch_size: int) -> State:
-        return tuple(layer.init_state(batch_size) for layer in self.layers)
+        return tuple(layer.init_state(batch_size) for layer in self._layers())
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         after = []
-        for layer, before in zip(self.layers, state, strict=True):
+        for layer, before in zip(self._layers(), state, strict=True):
             x, new = layer.step(x, before)
             after.append(new)
         return x, tuple(after)

@@ -39,9 +39,7 @@ class AudioCodec(Protocol):
     encode_delay_samples: int
     decode_delay_samples: int
 
-    def encode(
-        self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None
-    ) -> Tokens:
+    def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
         """Audio float32 [B, C, T] in -1..1 -> tokens. `num_samples` [B]: real lengths in a padded batch."""
         ...
 
@@ -73,9 +71,7 @@ class StreamableCodec(nn.Module):
         """The state of `batch_size` encoders before any audio."""
 
     @abstractmethod
-    def encode_step(
-        self, audio: Tensor, state: State, *, num_quantizers: int | None = None
-    ) -> tuple[Tensor, State]:
+    def encode_step(self, audio: Tensor, state: State, *, num_quantizers: int | None = None) -> tuple[Tensor, State]:
         """Audio [B, C, n * hop] -> codes int64 [B, K, n'] that are complete by then, and the state after it."""
 
     @abstractmethod
@@ -98,9 +94,7 @@ class StreamableCodec(nn.Module):
         """The last `decode_delay_samples` samples [B, C, n]."""
 
     @torch.inference_mode()
-    def encode(
-        self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None
-    ) -> Tokens:
+    def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
         """Audio float32 [B, C, T] -> Tokens; see `AudioCodec`. Raises ValueError for other shapes, NaN or infinity."""
         audio, num_samples = self._checked_audio(audio, num_samples)
         batch_size, _, num_given = audio.shape
@@ -120,7 +114,9 @@ class StreamableCodec(nn.Module):
     def decode(self, tokens: Tokens) -> Tensor:
         """Tokens -> audio float32 [B, C, T]; see `AudioCodec`. Raises ValueError for another codec's tokens."""
         if tokens.codec_id != self.codec_id:
-            raise ValueError(f"these tokens were made by codec {tokens.codec_id!r}, not by this one ({self.codec_id!r})")
+            raise ValueError(
+                f"these tokens were made by codec {tokens.codec_id!r}, not by this one ({self.codec_id!r})"
+            )
         batch_size, _, num_frames = tokens.codes.shape
         longest = int(tokens.num_samples.max()) if batch_size else 0
         if -(-longest // self.hop_length) > num_frames:
@@ -154,9 +150,7 @@ class StreamableCodec(nn.Module):
 
     def _checked_audio(self, audio: Tensor, num_samples: Tensor | None) -> tuple[Tensor, Tensor]:
         if audio.dim() != 3 or audio.shape[1] != self.num_channels or not audio.is_floating_point():
-            raise ValueError(
-                f"audio must be float [B, {self.num_channels}, T], got {audio.dtype} {tuple(audio.shape)}"
-            )
+            raise ValueError(f"audio must be float [B, {self.num_channels}, T], got {audio.dtype} {tuple(audio.shape)}")
         if not torch.isfinite(audio).all():
             raise ValueError("audio holds NaN or infinity")
         batch_size, _, num_given = audio.shape

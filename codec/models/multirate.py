@@ -39,7 +39,7 @@ from codec.quantizers.residual import ResidualVQConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MultirateConfig:
-    """`hop_length = patch_samples * prod(strides)`; channels and blocks are listed from the fastest rate to the slowest.
+    """`hop_length = patch_samples * prod(strides)`; channels and blocks are listed from the fastest rate on.
 
     `window_patches` patches, the current one last, make an input window; the output overlaps as many. The decoder may
     look `decode_delay_frames` frames ahead: its output is that much later than its input.
@@ -62,7 +62,9 @@ class MultirateConfig:
         num_rates = len(self.strides) + 1
         for name in ("encoder_channels", "encoder_blocks", "decoder_channels", "decoder_blocks"):
             if len(getattr(self, name)) != num_rates:
-                raise ValueError(f"{name} must name {num_rates} rates, one more than strides; got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must name {num_rates} rates, one more than strides; got {getattr(self, name)}"
+                )
         if min(self.sample_rate_hz, self.patch_samples, self.window_patches, self.kernel_size, *self.strides) < 1:
             raise ValueError("rates, sizes and strides must be positive")
         if self.decode_delay_frames < 0:
@@ -93,9 +95,7 @@ class MultirateCodec(StreamableCodec):
         return self.encoder.init_state(batch_size)
 
     @torch.inference_mode()
-    def encode_step(
-        self, audio: Tensor, state: State, *, num_quantizers: int | None = None
-    ) -> tuple[Tensor, State]:
+    def encode_step(self, audio: Tensor, state: State, *, num_quantizers: int | None = None) -> tuple[Tensor, State]:
         if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] % self.hop_length:
             raise ValueError(f"audio must be [B, 1, n * {self.hop_length}], got {tuple(audio.shape)}")
         latents, state = self.encode_latents(audio[:, 0], state)

@@ -69,12 +69,9 @@ class ResidualVQ(Quantizer):
         num_codebooks = config.num_stages * config.num_groups
         dim = config.latent_dim // config.num_groups
         self.codebook_sizes = (config.codebook_size,) * num_codebooks
-        self.valid_num_quantizers = tuple(
-            range(config.num_groups, num_codebooks + 1, config.num_groups)
-        )
+        self.valid_num_quantizers = tuple(range(config.num_groups, num_codebooks + 1, config.num_groups))
         self.register_buffer("codebooks", torch.randn(num_codebooks, config.codebook_size, dim))
-        self._counts_KC: Tensor | None = None
-        self._sums_KCd: Tensor | None = None
+        self._averages_KC_KCd: tuple[Tensor, Tensor] | None = None
         self._num_updates = 0
         self._offsets: tuple[object, Tensor] | None = None
 
@@ -110,11 +107,15 @@ class ResidualVQ(Quantizer):
         rows_ND = latents.float().transpose(1, 2).reshape(-1, num_dims)
         if isinstance(num_quantizers, Tensor):
             if not set(num_quantizers.tolist()) <= set(self.valid_num_quantizers):
-                raise ValueError(f"num_quantizers={num_quantizers.tolist()}: each must be one of {self.valid_num_quantizers}")
+                raise ValueError(
+                    f"num_quantizers={num_quantizers.tolist()}: each must be one of {self.valid_num_quantizers}"
+                )
             per_item = num_quantizers.to(latents.device)
         else:
             per_item = torch.full((batch_size,), self.check_num_quantizers(num_quantizers), device=latents.device)
-        present_NK = torch.arange(num_codebooks, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
+        present_NK = (
+            torch.arange(num_codebooks, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
+        )
         if mask is not None:
             present_NK = present_NK & mask.reshape(-1, 1)
         codes_NK = rvq_search(rows_ND, self.codebooks, num_groups=groups)
@@ -148,8 +149,6 @@ class ResidualVQ(Quantizer):
 
         The first update of a quantizer that was not initialised keeps its random entries: call `initialize` first.
         """
-        self._start_averages()
-        assert self._counts_KC is not None and self._sums_KCd is not None
         config, groups = self.config, self.config.num_groups
         rows_ND = torch.cat([q.inputs.transpose(1, 2).reshape(-1, config.latent_dim) for q in quantized])
         codes_NK = torch.cat([q.codes.transpose(1, 2).reshape(-1, len(self.codebook_sizes)) for q in quantized])
@@ -169,8 +168,7 @@ class ResidualVQ(Quantizer):
                 self._move(row, counts_C, sums_Cd, candidates_Cd)
 
     def _move(self, row: int, counts_C: Tensor, sums_Cd: Tensor, candidates_Cd: Tensor | None) -> None:
-        assert self._counts_KC is not None and self._sums_KCd is not None
-        mean_C, total_Cd = self._counts_KC[row], self._sums_KCd[row]
+        mean_C, total_Cd = (average[row] for average in self._averages())
         mean_C.lerp_(counts_C, 1.0 - self.config.ema_decay)
         total_Cd.lerp_(sums_Cd, 1.0 - self.config.ema_decay)
         uniform = mean_C.mean()
@@ -193,8 +191,7 @@ class ResidualVQ(Quantizer):
         groups = self.config.num_groups
         residual_NGd = rows_ND.view(-1, groups, self.config.latent_dim // groups).clone()
         generator = torch.Generator(rows_ND.device).manual_seed(seed)
-        self._start_averages()
-        assert self._counts_KC is not None and self._sums_KCd is not None
+        mean_KC, total_KCd = self._averages()
         for row in range(len(self.codebook_sizes)):
             points_Nd = residual_NGd[:, row % groups]
             entries_Cd, counts_C = _k_means(points_Nd, self.config.codebook_size, num_iterations, generator)
@@ -202,31 +199,28 @@ class ResidualVQ(Quantizer):
             _broadcast(counts_C)
             self.codebooks[row] = entries_Cd
             # The average holds counts per update; k-means saw all at once. Any scale works while sums match.
-            self._counts_KC[row] = counts_C
-            self._sums_KCd[row] = entries_Cd * counts_C[:, None]
+            mean_KC[row] = counts_C
+            total_KCd[row] = entries_Cd * counts_C[:, None]
             codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
             residual_NGd[:, row % groups] -= entries_Cd[codes_N]
 
     def training_state(self) -> dict[str, Tensor]:
         """The moving averages, for a checkpoint that training resumes from."""
-        self._start_averages()
-        assert self._counts_KC is not None and self._sums_KCd is not None
-        return {
-            "counts": self._counts_KC,
-            "sums": self._sums_KCd,
-            "num_updates": torch.tensor(self._num_updates),
-        }
+        mean_KC, total_KCd = self._averages()
+        return {"counts": mean_KC, "sums": total_KCd, "num_updates": torch.tensor(self._num_updates)}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `training_state` returned."""
-        self._counts_KC = state["counts"].to(self.codebooks)
-        self._sums_KCd = state["sums"].to(self.codebooks)
+        self._averages_KC_KCd = (state["counts"].to(self.codebooks), state["sums"].to(self.codebooks))
         self._num_updates = int(state["num_updates"])
 
-    def _start_averages(self) -> None:
-        if self._counts_KC is None or self._sums_KCd is None or self._counts_KC.device != self.codebooks.device:
-            self._counts_KC = torch.ones_like(self.codebooks[:, :, 0])
-            self._sums_KCd = self.codebooks.clone()
+    def _averages(self) -> tuple[Tensor, Tensor]:
+        """Moving averages of how often an entry was used [K, C] and of the sum of what it was used for [K, C, d]."""
+        if self._averages_KC_KCd is None:
+            self._averages_KC_KCd = (torch.ones_like(self.codebooks[:, :, 0]), self.codebooks.clone())
+        mean_KC, total_KCd = (average.to(self.codebooks.device) for average in self._averages_KC_KCd)
+        self._averages_KC_KCd = (mean_KC, total_KCd)
+        return self._averages_KC_KCd
 
 
 def draw_num_quantizers(
@@ -257,7 +251,9 @@ def _usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
     return {"perplexity": torch.stack(perplexity), "dead_fraction": torch.stack(dead_fraction)}
 
 
-def _k_means(points_Nd: Tensor, num_entries: int, num_iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _k_means(
+    points_Nd: Tensor, num_entries: int, num_iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Entries [C, d] and how many points each has [C]; an entry that loses all points keeps its place."""
     chosen = torch.randperm(points_Nd.shape[0], generator=generator, device=points_Nd.device)[:num_entries]
     entries_Cd = points_Nd[chosen].clone()
