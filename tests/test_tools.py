@@ -1,0 +1,85 @@
+"""The programs in tools/ run, and a mistake in their arguments is one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import codec
+from codec.testing import speech_like, tiny_codec
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = sorted(file.stem for file in (ROOT / "tools").glob("*.py") if file.stem != "__init__")
+
+
+def _run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"tools.{program}", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    codec.save(tiny_codec(), tmp_path / "tiny", name="tiny@1")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_says_what_it_does(program: str) -> None:
+    done = _run(program, "--help")
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+
+
+def test_quality_is_measured_at_every_rate(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "speech").mkdir()
+    for seed in range(2):
+        soundfile.write(tmp_path / "speech" / f"{seed}.wav", speech_like(16000, rate_hz=8000, seed=seed), 8000)
+    done = _run("benchmark", "--model", model, "--json", "quality", tmp_path / "speech", "--num-quantizers", "1", "3")
+    rows = json.loads(done.stdout)["quality"]
+    assert [(row["num_quantizers"], row["kbps"], row["files"]) for row in rows] == [(1, 1.25, 2), (3, 3.75, 2)]
+    assert all(isinstance(row["stoi"], float) for row in rows)
+    table = _run("benchmark", "--model", model, "quality", tmp_path / "speech").stdout.splitlines()
+    assert len(table) == 4
+
+
+def test_speed_is_measured_on_a_signal_of_its_own(model: Path) -> None:
+    done = _run("benchmark", "--model", model, "--json", "speed", "--seconds", "1")
+    speed = json.loads(done.stdout)["speed"]
+    assert speed["encode_times_real_time"] > 0
+    assert speed["frame_decode_ms"]["p95"] >= speed["frame_decode_ms"]["median"]
+    assert speed["decode_delay_samples"] == 64
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("benchmark", ["quality", "nowhere"]),
+        ("benchmark", ["--model", "nothing", "speed"]),
+        ("prepare_data", ["nowhere", "out"]),
+        ("export", ["nowhere", "out", "--name", "a@1"]),
+    ],
+)
+def test_mistakes_are_one_line(program: str, arguments: list[str]) -> None:
+    done = _run(program, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (ROOT / "out").exists()
+
+
+def test_training_without_data_is_one_line(tmp_path: Path) -> None:
+    command = ["-m", "recipes.train", f"output_dir={tmp_path}/run", f"data.train_dir={tmp_path}", "data.dev_dir=x"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
