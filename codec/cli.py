@@ -91,7 +91,7 @@ def decode(
 
         _check_target(source, target, force)
         header, codes, num_samples = _read_container(source)
-        codec = _load(model or header.model.split("@")[0], threads)
+        codec = _load(model or _bundled_name(header, source), threads)
         write_audio(target, _decode(codec, header, codes, num_samples), header.rate_hz)
 
 
@@ -257,6 +257,16 @@ def _load(model: str, threads: int) -> StreamableCodec:
 
     torch.set_num_threads(threads)
     return load(model)
+
+
+def _bundled_name(header: Header, source: Path) -> str:
+    """The bundled model that a file names. A name in a file never stands for a folder."""
+    from codec.pretrained import available
+
+    name = header.model.split("@")[0]
+    if name not in available():
+        raise _UserError(f"{source} was made by {header.model}, which is not bundled; --model says where it is")
+    return name
 
 
 def _encode(codec: StreamableCodec, audio: np.ndarray, rate_hz: int, num_quantizers: int | None) -> Tokens:

@@ -27,7 +27,7 @@ from recipes.module import CodecTraining
 def build_codec(config: DictConfig) -> MultirateCodec:
     """The codec to train: from `init_from` (a bundled name or a folder) with its weights, or new from `model`."""
     if config.init_from is not None:
-        codec: Any = load(config.init_from)
+        codec: Any = load(config.init_from).requires_grad_(True).train()
     else:
         codec = codec_config.build(codec_config.from_dict(OmegaConf.to_container(config.model, resolve=True), "model"))
     if not isinstance(codec, MultirateCodec):
@@ -50,7 +50,10 @@ def train(config: DictConfig) -> CodecTraining:
     module = CodecTraining(codec, config)
     data = SpeechData(config.data, sample_rate_hz=codec.sample_rate_hz, seed=config.seed)
     output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
+    # What was trained, even where it came from `init_from`: `tools.export` builds the model from this.
+    trained = OmegaConf.merge(config, {"init_from": None})
+    OmegaConf.update(trained, "model", codec_config.to_dict(codec.config), merge=False)
+    OmegaConf.save(trained, output_dir / "config.yaml", resolve=True)
     trainer = pl.Trainer(
         **OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[arg-type]
         default_root_dir=output_dir,

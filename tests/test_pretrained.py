@@ -105,7 +105,9 @@ def test_bundled_models_keep_their_limits(name: str) -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 25_000_000
     for part in (model.encoder, model.decoder):
         assert sum(parameter.numel() for parameter in part.parameters()) <= 6_000_000
-    assert max(model.hop_length + model.encode_delay_samples, model.decode_delay_samples) <= model.sample_rate_hz * 0.040
+    assert (
+        max(model.hop_length + model.encode_delay_samples, model.decode_delay_samples) <= model.sample_rate_hz * 0.040
+    )
     card = (folder / "README.md").read_text(encoding="utf-8")
     for word in ("Data", "Licence", "Recipe", "Metrics", "Limits", model.codec_id):
         assert word in card

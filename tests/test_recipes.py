@@ -96,9 +96,13 @@ def test_a_run_trains_resumes_to_the_same_numbers_exports_and_loads(packed: Path
     assert loaded.decode(loaded.encode(audio)).shape == audio.shape
 
     # A trained model is where the next run starts; its quantizer is in use from the first step.
-    config = _config(packed, tmp_path / "next", "trainer.max_steps=1", f"init_from={tmp_path / 'exported'}")
-    module = CodecTraining(build_codec(config), config)
-    assert module._quantized_share(torch.zeros(1, 12, 4)) == 1.0
+    config = _config(packed, tmp_path / "next", "trainer.max_steps=3", f"init_from={tmp_path / 'exported'}")
+    assert CodecTraining(build_codec(config), config)._quantized_share(torch.zeros(1, 12, 4)) == 1.0
+    tuned = train(config)
+    for key, value in loaded.state_dict().items():
+        assert not torch.equal(value, tuned.codec.state_dict()[key]), key
+    export(tmp_path / "next", tmp_path / "exported_next", name="tiny@2")
+    assert codec.load(tmp_path / "exported_next").config == loaded.config
     metrics = (tmp_path / "whole" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     for name in ("train/mel", "perplexity/2", "dead_fraction/0", "gradient_norm/encoder", "val/si_sdr_db/3_quantizers"):
         assert name in metrics

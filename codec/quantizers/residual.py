@@ -162,21 +162,20 @@ class ResidualVQ(Quantizer):
             counts_C = torch.bincount(codes_n, minlength=config.codebook_size).to(inputs_nd.dtype)
             sums_Cd = torch.zeros_like(self.codebooks[row]).index_add_(0, codes_n, inputs_nd)
             counts_C, sums_Cd = _all_reduce(counts_C), _all_reduce(sums_Cd)
-            candidates_Cd = _candidates(inputs_nd, config.codebook_size, generator)
+            candidates_Cd, is_drawn_C = _draw_inputs(inputs_nd, config.codebook_size, generator)
             residual_NGd[present_N, row % groups] -= self.codebooks[row, codes_n]
             if counts_C.sum() > 0:
-                self._move(row, counts_C, sums_Cd, candidates_Cd)
+                self._move(row, counts_C, sums_Cd, candidates_Cd, is_drawn_C)
 
-    def _move(self, row: int, counts_C: Tensor, sums_Cd: Tensor, candidates_Cd: Tensor | None) -> None:
+    def _move(self, row: int, counts_C: Tensor, sums_Cd: Tensor, candidates_Cd: Tensor, is_drawn_C: Tensor) -> None:
         mean_C, total_Cd = (average[row] for average in self._averages())
         mean_C.lerp_(counts_C, 1.0 - self.config.ema_decay)
         total_Cd.lerp_(sums_Cd, 1.0 - self.config.ema_decay)
         uniform = mean_C.mean()
-        dead_C = mean_C < self.config.dead_threshold * uniform
-        if candidates_Cd is not None:
-            # Sums and counts move with the entry, or the next update would undo the restart.
-            total_Cd.copy_(torch.where(dead_C[:, None], candidates_Cd * uniform, total_Cd))
-            mean_C.copy_(torch.where(dead_C, uniform, mean_C))
+        dead_C = (mean_C < self.config.dead_threshold * uniform) & is_drawn_C
+        # Sums and counts move with the entry, or the next update would undo the restart.
+        total_Cd.copy_(torch.where(dead_C[:, None], candidates_Cd * uniform, total_Cd))
+        mean_C.copy_(torch.where(dead_C, uniform, mean_C))
         self.codebooks[row] = total_Cd / mean_C.clamp_min(1e-5)[:, None]
 
     @torch.no_grad()
@@ -266,16 +265,21 @@ def _k_means(
     return entries_Cd, counts_C
 
 
-def _candidates(inputs_nd: Tensor, num_entries: int, generator: torch.Generator) -> Tensor | None:
-    """Random inputs, one per entry, the same on every process; None where no process has any."""
-    num_inputs = inputs_nd.shape[0]
-    if num_inputs == 0 and not _is_distributed():
-        return None
-    if num_inputs == 0:
-        drawn = inputs_nd.new_zeros(num_entries, inputs_nd.shape[1])
-    else:
-        drawn = inputs_nd[torch.randint(num_inputs, (num_entries,), generator=generator, device=inputs_nd.device)]
-    return _broadcast(drawn)
+def _draw_inputs(inputs_nd: Tensor, num_entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One random input per entry [C, d], the same on every process, and which entries got one [C].
+
+    Each process draws for its share of the entries; one that has no inputs in this batch leaves its share undrawn.
+    """
+    rank, num_ranks = 0, 1
+    if _is_distributed():
+        rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    drawn_Cd = inputs_nd.new_zeros(num_entries, inputs_nd.shape[1])
+    is_drawn_C = torch.zeros(num_entries, device=inputs_nd.device)
+    if inputs_nd.shape[0]:
+        chosen_C = torch.randint(inputs_nd.shape[0], (num_entries,), generator=generator, device=inputs_nd.device)
+        drawn_Cd[rank::num_ranks] = inputs_nd[chosen_C[rank::num_ranks]]
+        is_drawn_C[rank::num_ranks] = 1.0
+    return _all_reduce(drawn_Cd), _all_reduce(is_drawn_C) > 0
 
 
 def _is_distributed() -> bool:
