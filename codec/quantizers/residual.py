@@ -147,7 +147,7 @@ class ResidualVQ(Quantizer):
     def update(self, *quantized: Quantized) -> None:
         """Move the codebooks towards what was assigned to them; restart dead codes. All-reduced under DDP.
 
-        The first update of a quantizer that was not initialised keeps its random entries: call `initialize` first.
+        A quantizer that was not initialised learns from its random entries on; call `initialize` first.
         """
         config, groups = self.config, self.config.num_groups
         rows_ND = torch.cat([q.inputs.transpose(1, 2).reshape(-1, config.latent_dim) for q in quantized])
@@ -197,9 +197,10 @@ class ResidualVQ(Quantizer):
             _broadcast(entries_Cd)
             _broadcast(counts_C)
             self.codebooks[row] = entries_Cd
-            # The average holds counts per update; k-means saw all at once. Any scale works while sums match.
-            mean_KC[row] = counts_C
-            total_KCd[row] = entries_Cd * counts_C[:, None]
+            # The average holds counts per update; k-means saw all at once. Any scale works while sums match. An entry
+            # without points keeps a trace of weight, and so its place until it is restarted.
+            mean_KC[row] = counts_C.clamp_min(0.01)
+            total_KCd[row] = entries_Cd * mean_KC[row, :, None]
             codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
             residual_NGd[:, row % groups] -= entries_Cd[codes_N]
 
