@@ -29,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A bundled model or a folder with one.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="A bundled model or a folder with one. Default: speech_16k.")
+]
 NumQuantizers = Annotated[
     int | None,
     typer.Option("--num-quantizers", "-k", help="Rows of codes to keep: fewer is a lower rate. Default: all."),
@@ -37,8 +39,6 @@ NumQuantizers = Annotated[
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads. One is fast; codes depend on the number.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output file that exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-_DEFAULT_MODEL = "speech_16k"
 
 
 class _UserError(Exception):
@@ -62,7 +62,7 @@ def _one_line_errors() -> Iterator[None]:
 def encode(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An audio file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The .codec file to write.")],
-    model: Model = _DEFAULT_MODEL,
+    model: Model = None,
     num_quantizers: NumQuantizers = None,
     threads: Threads = 1,
     force: Force = False,
@@ -91,7 +91,7 @@ def decode(
 
         _check_target(source, target, force)
         header, codes, num_samples = _read_container(source)
-        codec = _load(model or _bundled_name(header, source), threads)
+        codec = _load(_bundled_name(header, source) if model is None else model, threads)
         write_audio(target, _decode(codec, header, codes, num_samples), header.rate_hz)
 
 
@@ -99,7 +99,7 @@ def decode(
 def roundtrip(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An audio file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The WAV file to write.")],
-    model: Model = _DEFAULT_MODEL,
+    model: Model = None,
     num_quantizers: NumQuantizers = None,
     threads: Threads = 1,
     force: Force = False,
@@ -250,13 +250,13 @@ def _read(source: Path) -> tuple[np.ndarray, int]:
     return read_audio(source)
 
 
-def _load(model: str, threads: int) -> StreamableCodec:
+def _load(model: str | None, threads: int) -> StreamableCodec:
     import torch
 
     from codec.pretrained import load
 
     torch.set_num_threads(threads)
-    return load(model)
+    return load() if model is None else load(model)
 
 
 def _bundled_name(header: Header, source: Path) -> str:

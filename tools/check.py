@@ -22,7 +22,7 @@ BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 
 def _run(*command: str | Path, cwd: Path = ROOT) -> None:
     """Run a command; where it fails, end with its status and one line."""
-    text = " ".join(str(part) for part in command)
+    text = " ".join(str(part) for part in command).replace(f"{ROOT}{os.sep}", "")
     print(f"+ {text}", flush=True)
     # Threads that wait asleep instead of spinning: on a busy machine spinning makes small tests 30 times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
@@ -59,14 +59,14 @@ def set_up(extras: str) -> None:
 def demo() -> None:
     """The main job, on a recording that lies in the repository."""
     set_up("metrics")
-    out = ROOT / "try"
-    out.mkdir(exist_ok=True)
-    codec, speech = BIN / "codec", ROOT / "tests" / "data" / "speech.flac"
+    out = Path("try")
+    (ROOT / out).mkdir(exist_ok=True)
+    codec, speech = BIN / "codec", Path("tests", "data", "speech.flac")
     _run(codec, "encode", speech, out / "speech.codec", "--force")
     _run(codec, "info", out / "speech.codec")
     _run(codec, "decode", out / "speech.codec", out / "speech.wav", "--force")
     _run(codec, "roundtrip", speech, out / "speech.wav", "--force")
-    print(f"\nListen to {(out / 'speech.wav').relative_to(ROOT)}, and try: {BIN.relative_to(ROOT) / 'codec'} --help")
+    print(f"\nListen to {out / 'speech.wav'}, and try: {BIN.relative_to(ROOT) / 'codec'} --help")
 
 
 def test(*, fast: bool) -> None:

@@ -71,6 +71,8 @@ def pad_rows(rows: Tensor, *weights: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
 def _fewest_rows(in_channels: int, out_channels: int) -> int:
     """8 where rows of float32 products of this shape are the same in 8 to 15 rows as in 64; else 16.
 
