@@ -60,8 +60,8 @@ def rvq_search(
 ) -> Tensor:
     """Codes int64 [N, K] of latents [N, D] in codebooks [K, C, D / num_groups]; no gradient, float32 inside.
 
-    `offsets_KC` is `score_offsets(codebooks_KCd)` where the caller has it. `impl` names an implementation, or "auto" for
-    the best one for these inputs. Raises ValueError for shapes that do not fit or an implementation that is not there.
+    `offsets_KC` is `score_offsets(codebooks_KCd)` where the caller has it. `impl` names an implementation, or "auto"
+    for the best one for these inputs. Raises ValueError for shapes that do not fit or an `impl` that is not there.
     """
     if latents_ND.dim() != 2 or codebooks_KCd.dim() != 3:
         raise ValueError(

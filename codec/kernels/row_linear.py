@@ -71,8 +71,6 @@ def pad_rows(rows: Tensor, *weights: Tensor) -> Tensor:
 
 
 @functools.cache
-@torch.inference_mode()
-@torch.autocast("cpu", enabled=False)
 def _fewest_rows(in_channels: int, out_channels: int) -> int:
     """8 where rows of float32 products of this shape are the same in 8 to 15 rows as in 64; else 16.
 
@@ -83,13 +81,14 @@ def _fewest_rows(in_channels: int, out_channels: int) -> int:
     rows = torch.randn(64, in_channels, generator=generator)
     weight = torch.randn(out_channels, in_channels, generator=generator)
     bias = torch.randn(out_channels, generator=generator)
-    for use_bias in (bias, None):
-        whole = F.linear(rows, weight, use_bias)
-        for num_rows in range(FEWEST_ROWS, MIN_ROWS):
-            first = 5 * (num_rows - FEWEST_ROWS)
-            part = F.linear(rows[first : first + num_rows], weight, use_bias)
-            if not torch.equal(part, whole[first : first + num_rows]):
-                return MIN_ROWS
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for use_bias in (bias, None):
+            whole = F.linear(rows, weight, use_bias)
+            for num_rows in range(FEWEST_ROWS, MIN_ROWS):
+                first = 5 * (num_rows - FEWEST_ROWS)
+                part = F.linear(rows[first : first + num_rows], weight, use_bias)
+                if not torch.equal(part, whole[first : first + num_rows]):
+                    return MIN_ROWS
     return FEWEST_ROWS
 
 
