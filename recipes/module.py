@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -38,7 +38,6 @@ class CodecTraining(pl.LightningModule):
         if not isinstance(codec.quantizer, ResidualVQ):
             raise ValueError("this recipe trains residual quantizers")
         self.codec = codec
-        self.quantizer = codec.quantizer
         self.config = config
         self.loss = SpectralLoss(
             sample_rate_hz=codec.sample_rate_hz,
@@ -51,6 +50,11 @@ class CodecTraining(pl.LightningModule):
         self.register_buffer("quantizer_since", torch.tensor(since))
         self._collected: list[Tensor] = []
         self._to_learn_from: list[Quantized] = []
+
+    @property
+    def quantizer(self) -> ResidualVQ:
+        """The codec's quantizer; a property, so that checkpoints hold it once."""
+        return cast(ResidualVQ, self.codec.quantizer)
 
     # The step
 
