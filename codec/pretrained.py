@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from codec import config as codec_config
@@ -89,7 +90,7 @@ def save(codec: StreamableCodec, folder: str | os.PathLike[str], *, name: str, d
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     partial = path / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"model": name})
+    partial.write_bytes(serialize(tensors, metadata={"model": name}))
     os.replace(partial, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return compute_codec_id(data, tensors)
