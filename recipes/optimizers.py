@@ -14,8 +14,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon on the weight matrices of linear layers, AdamW on everything else.
 
     Muon orthogonalises the momentum of each matrix; in short trials a codec of linear layers reached the same loss in
-    fewer steps, and less time, than with AdamW alone. Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024);
-    learning rates are matched to AdamW's by update RMS as in Liu et al., "Muon is scalable for LLM training" (2025).
+    fewer steps, and less time, than with AdamW alone. Source: Jordan et al., "Muon: an optimizer for hidden layers in
+    neural networks" (2024); learning rates are matched to AdamW's by update RMS as in Liu et al., "Muon is scalable for
+    LLM training" (2025).
 
     One optimizer rather than two, so that Lightning counts one step per batch; checkpoints hold both.
     """
