@@ -5,5 +5,5 @@ demo:   ## encode and decode speech with the bundled model
 	python3 tools/check.py demo
 test:   ## lint, types, tests
 	python3 tools/check.py test
-fast:   ## tests only, without the slow ones
+fast:   ## the same without the slow tests
 	python3 tools/check.py test --fast

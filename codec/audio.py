@@ -13,9 +13,19 @@ import numpy as np
 import soundfile
 import soxr
 
+AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
+
 
 class AudioError(ValueError):
     """The audio cannot be used; the message says why in one line."""
+
+
+def find_audio(folder: str | os.PathLike[str]) -> list[Path]:
+    """All audio files under a folder, known by their suffix, sorted. AudioError where there is none."""
+    found = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    if not found:
+        raise AudioError(f"no audio files under {folder} (looked for {', '.join(AUDIO_SUFFIXES)})")
+    return found
 
 
 def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:

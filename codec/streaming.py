@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from codec.models.interface import StreamableCodec
+from codec.models.interface import FRAMES_PER_STEP, StreamableCodec
 
 
 class StreamingEncoder:
@@ -86,7 +86,7 @@ class StreamingEncoder:
     def _step(self, audio: Tensor) -> Tensor:
         # One long push is stepped in pieces, so that minutes of audio need no more memory than seconds.
         parts = []
-        for piece in audio.split(128 * self._codec.hop_length, dim=1):
+        for piece in audio.split(FRAMES_PER_STEP * self._codec.hop_length, dim=1):
             codes, self._state = self._codec.encode_step(piece[None], self._state, num_quantizers=self.num_quantizers)
             parts.append(codes[0])
         return torch.cat(parts, dim=1)
@@ -133,7 +133,7 @@ class StreamingDecoder:
         if codes.dim() != 2 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [K, F], got {codes.dtype} {tuple(codes.shape)}")
         parts = []
-        for piece in codes.split(128, dim=1):
+        for piece in codes.split(FRAMES_PER_STEP, dim=1):
             audio, self._state = self._codec.decode_step(piece[None], self._state)
             parts.append(audio[0])
         self._num_pushed += codes.shape[1]

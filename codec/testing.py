@@ -56,8 +56,5 @@ def speech_like(num_samples: int, *, rate_hz: int = 16000, seed: int = 0) -> np.
         audio += gain * np.sin(harmonic * phase) / harmonic**0.5
     syllables = np.clip(np.sin(2 * np.pi * 2.1 * time) + 0.4, 0, 1)
     audio = audio * syllables + 0.03 * rng.standard_normal(num_samples) * (1 - syllables)
-    return (
-        (0.5 * audio / max(float(np.abs(audio).max()), 1e-9)).astype(np.float32)
-        if num_samples
-        else audio.astype(np.float32)
-    )
+    scaled: np.ndarray = 0.5 * audio / np.abs(audio).max(initial=1e-9)
+    return scaled.astype(np.float32)

@@ -23,9 +23,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from codec.audio import resample
-
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+from codec.audio import find_audio, resample
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,7 @@ class _Source:
 def _sources(source: Path, split: str) -> list[_Source]:
     """Recordings named by a manifest (7 tab-separated columns, see `pack_audio`) or found under a folder."""
     if source.is_dir():
-        files = sorted(f for f in source.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-        if not files:
-            raise ValueError(f"no audio files under {source} (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
-        return [_Source(f, str(f.relative_to(source)), speaker=f.parent.name) for f in files]
+        return [_Source(f, str(f.relative_to(source)), speaker=f.parent.name) for f in find_audio(source)]
     if not source.is_file():
         raise ValueError(f"{source} is neither a folder of audio nor a manifest")
     with source.open(newline="", encoding="utf-8") as lines:

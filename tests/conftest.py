@@ -1,3 +1,4 @@
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,12 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def files_of_at_most_4000_bytes() -> Iterator[None]:
+    """A full disk, simulated."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

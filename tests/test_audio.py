@@ -1,7 +1,5 @@
 import os
-import resource
 import shutil
-from collections.abc import Iterator
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -167,14 +165,6 @@ def test_a_rate_that_wav_cannot_hold_is_an_error(rate_hz: int, tmp_path: Path) -
         write_audio(tmp_path / "audio.wav", stereo(), rate_hz)
     one_line(caught)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def files_of_at_most_4000_bytes() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.usefixtures("files_of_at_most_4000_bytes")

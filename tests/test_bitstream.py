@@ -1,11 +1,10 @@
 import contextlib
 import io
 import os
-import resource
 import struct
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
@@ -426,14 +425,6 @@ def test_a_writer_that_does_not_finish_leaves_nothing(
             raise expected
     assert [f.name for f in tmp_path.iterdir()] == ["file.codec"] * already_there
     assert not already_there or path.read_bytes() == b"before"
-
-
-@pytest.fixture
-def files_of_at_most_4000_bytes() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.usefixtures("files_of_at_most_4000_bytes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import platform
 import statistics
@@ -15,28 +16,28 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from codec.audio import read_audio, resample
+from codec.audio import find_audio, read_audio, resample
 from codec.evaluation import available_metrics, evaluate
 from codec.models.interface import StreamableCodec
 from codec.pretrained import DEFAULT_MODEL, load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+# One model per process, not one per file.
+_load_once = functools.cache(load)
 
 
 def _measure_file(
     file: Path, *, model: str, num_quantizers: tuple[int, ...], metrics: tuple[str, ...]
 ) -> dict[int, dict[str, float]]:
     torch.set_num_threads(1)
-    codec = load(model)
+    codec = _load_once(model)
     audio, rate_hz = read_audio(file)
     reference = resample(audio[:1], rate_hz, codec.sample_rate_hz)[0].copy()
     tokens = codec.encode(torch.from_numpy(reference)[None, None])
@@ -48,15 +49,13 @@ def _measure_file(
 
 def quality(model: str, folder: Path, num_quantizers: tuple[int, ...], num_workers: int) -> list[dict[str, Any]]:
     """Mean metrics over the recordings of a folder, one row per rate. ValueError where there are no recordings."""
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise ValueError(f"no audio files under {folder}")
+    files = find_audio(folder)
     codec, metrics = load(model), available_metrics()
     rates = num_quantizers or codec.valid_num_quantizers
     for k in rates:
         if k not in codec.valid_num_quantizers:
             raise ValueError(f"num_quantizers={k} is not one of {codec.valid_num_quantizers}")
-    measure = partial(_measure_file, model=model, num_quantizers=rates, metrics=metrics)
+    measure = functools.partial(_measure_file, model=model, num_quantizers=rates, metrics=metrics)
     with ProcessPoolExecutor(num_workers) as pool:
         results = list(pool.map(measure, files))
     rows = []

@@ -20,13 +20,13 @@ ENVIRONMENT = ROOT / ".venv"
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 
 
-def _run(*command: str | Path, cwd: Path = ROOT) -> None:
-    """Run a command; where it fails, end with its status and one line."""
+def _run(*command: str | Path) -> None:
+    """Run a command in the checkout; where it fails, end with its status and one line."""
     text = " ".join(str(part) for part in command).replace(f"{ROOT}{os.sep}", "")
     print(f"+ {text}", flush=True)
     # Threads that wait asleep instead of spinning: on a busy machine spinning makes small tests 30 times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, check=False)
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False)
     if done.returncode:
         sys.exit(f"failed ({done.returncode}): {text}")
 

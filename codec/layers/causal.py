@@ -7,6 +7,7 @@ the zero state. Forking a stream is assignment, and resetting one row is `where_
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, cast
 
@@ -40,16 +41,16 @@ def where_rows(rows: Tensor, state: State, otherwise: State) -> State:
     return map_state(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), state, otherwise)
 
 
-class CausalLayer(nn.Module):
+class CausalLayer(nn.Module, ABC):
     """Base of all layers: `init_state`, `step`, and a `forward` that is one step from the zero state."""
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first input; here none."""
         return ()
 
+    @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """[B, T, C] and the state so far -> [B, T', C'] and the state after it."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(x, self.init_state(x.shape[0]))[0]

@@ -5,7 +5,7 @@ Letters: B batch, C channels, T samples, K rows of codes, F frames, hop samples 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from codec.layers.causal import State
 from codec.tokens import Tokens
 
-# Rows of frames that one step of an offline call works on: enough to amortise its overhead, few enough to stay in
-# the processor's cache. It changes speed only, never a bit.
-_OFFLINE_FRAMES = 128
+# Frames that one step of an offline call, or of a long push to a stream, works on: enough to amortise its overhead, few
+# enough to stay in the processor's cache. It changes speed only, never a bit.
+FRAMES_PER_STEP = 128
 
 
 @runtime_checkable
@@ -48,7 +48,7 @@ class AudioCodec(Protocol):
         ...
 
 
-class StreamableCodec(nn.Module):
+class StreamableCodec(nn.Module, ABC):
     """Base of codecs that stream: pure, batched steps on whole frames, and offline calls made of those steps.
 
     Because the offline calls are the steps, a stream gives the same bits as a file. All calls run without gradients.
@@ -141,7 +141,7 @@ class StreamableCodec(nn.Module):
         return sum((size - 1).bit_length() for size in sizes) * self.sample_rate_hz / self.hop_length
 
     def _offline_frames(self, batch_size: int) -> int:
-        return max(1, _OFFLINE_FRAMES // max(batch_size, 1))
+        return max(1, FRAMES_PER_STEP // max(batch_size, 1))
 
     def _frame_mask(self, num_samples: Tensor, num_frames: int) -> Tensor:
         """True on the frames [B, 1, F] that a row really has."""

@@ -122,14 +122,14 @@ class ResidualVQ(Quantizer):
         codes_NK = torch.where(present_NK, codes_NK, -1)
 
         # The chain is detached: stage s sees the latents minus constants, so its commitment reaches the encoder.
-        residual_NGd = rows_ND.view(-1, groups, num_dims // groups)
+        residuals_Nd = list(rows_ND.view(-1, groups, num_dims // groups).unbind(1))
         commitment = rows_ND.new_zeros(())
         for row in range(num_codebooks):
             entries_Nd = self.codebooks[row, codes_NK[:, row].clamp_min(0)]
             entries_Nd = torch.where(present_NK[:, row, None], entries_Nd, 0.0)
-            residual_NGd = _subtract(residual_NGd, row % groups, entries_Nd)
+            residuals_Nd[row % groups] = residuals_Nd[row % groups] - entries_Nd
             weight_N = present_NK[:, row].float()
-            error = residual_NGd[:, row % groups].square().mean(-1)
+            error = residuals_Nd[row % groups].square().mean(-1)
             commitment = commitment + (error * weight_N).sum() / weight_N.sum().clamp_min(1.0)
         commitment = commitment / num_codebooks
 
@@ -231,14 +231,6 @@ def draw_num_quantizers(
     drawn = valid[torch.randint(len(valid), (batch_size,), generator=generator)]
     full = torch.rand(batch_size, generator=generator) < full_fraction
     return torch.where(full, valid[-1], drawn)
-
-
-def _subtract(residual_NGd: Tensor, group: int, entries_Nd: Tensor) -> Tensor:
-    if residual_NGd.shape[1] == 1:
-        return residual_NGd - entries_Nd[:, None]
-    parts = list(residual_NGd.unbind(1))
-    parts[group] = parts[group] - entries_Nd
-    return torch.stack(parts, dim=1)
 
 
 def _usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
