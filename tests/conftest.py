@@ -1,5 +1,6 @@
+import contextlib
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,9 +27,20 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def files_of_at_most_4000_bytes() -> Iterator[None]:
-    """A full disk, simulated."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A full disk, simulated: a context manager in which no file grows beyond 4000 bytes.
+
+    The test says where it begins and ends, since pytest writes its progress between a test and the end of its fixtures:
+    where that goes to a file, the file would be the first that is too large.
+    """
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return entered

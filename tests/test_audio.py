@@ -1,5 +1,7 @@
+import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -14,6 +16,9 @@ from codec.audio import AudioError, fit_length, read_audio, resample, resampled_
 from codec.testing import speech_like
 
 rates_hz = st.sampled_from([8000, 11025, 16000, 22050, 24000, 44100, 48000, 96000, 192000]) | st.integers(8000, 192000)
+
+
+FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def one_line(caught: pytest.ExceptionInfo[AudioError]) -> str:
@@ -167,11 +172,10 @@ def test_a_rate_that_wav_cannot_hold_is_an_error(rate_hz: int, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("files_of_at_most_4000_bytes")
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, full_disk: FullDisk) -> None:
     path = tmp_path / "audio.wav"
     path.write_bytes(b"before")
-    with pytest.raises(AudioError) as caught:
+    with full_disk(), pytest.raises(AudioError) as caught:
         write_audio(path, stereo(), 16000)
     one_line(caught)
     assert list(tmp_path.iterdir()) == [path]

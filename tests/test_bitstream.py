@@ -42,6 +42,9 @@ HEADER = Header(
 # The byte table of the module's docstring once more, written with nothing of the module.
 
 
+FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
+
+
 def sealed(data: bytes) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
@@ -427,10 +430,9 @@ def test_a_writer_that_does_not_finish_leaves_nothing(
     assert not already_there or path.read_bytes() == b"before"
 
 
-@pytest.mark.usefixtures("files_of_at_most_4000_bytes")
 @pytest.mark.parametrize("num_frames", [7000, 200_000], ids=["found_when_closing", "found_when_writing"])
-def test_a_full_disk_leaves_nothing(num_frames: int, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="too large"), Writer(tmp_path / "file.codec", HEADER) as writer:  # noqa: PT012
+def test_a_full_disk_leaves_nothing(num_frames: int, tmp_path: Path, full_disk: FullDisk) -> None:
+    with full_disk(), pytest.raises(OSError, match="too large"), Writer(tmp_path / "file.codec", HEADER) as writer:  # noqa: PT012
         writer.write(random_codes(HEADER, num_frames))
         writer.finish(num_frames * 160)
     assert not list(tmp_path.iterdir())
