@@ -14,22 +14,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codec.bitstream import BitstreamError
+    from codec.bitstream import BitstreamError, Header, Reader, TruncatedError, Writer
     from codec.models.interface import AudioCodec, StreamableCodec
-    from codec.pretrained import available, load, save
+    from codec.pretrained import load, save
     from codec.streaming import StreamingDecoder, StreamingEncoder
+    from codec.token_format import TokenFormat, available, cut, join, open, write
     from codec.tokens import Tokens
 
 __all__ = [
     "AudioCodec",
     "BitstreamError",
+    "Header",
+    "Reader",
     "StreamableCodec",
     "StreamingDecoder",
     "StreamingEncoder",
+    "TokenFormat",
     "Tokens",
+    "TruncatedError",
+    "Writer",
     "available",
+    "cut",
+    "join",
     "load",
+    "open",
     "save",
+    "write",
 ]
 
 __version__ = "0.1.0"
@@ -37,13 +47,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "AudioCodec": "codec.models.interface",
     "BitstreamError": "codec.bitstream",
+    "Header": "codec.bitstream",
+    "Reader": "codec.bitstream",
     "StreamableCodec": "codec.models.interface",
     "StreamingDecoder": "codec.streaming",
     "StreamingEncoder": "codec.streaming",
+    "TokenFormat": "codec.token_format",
     "Tokens": "codec.tokens",
-    "available": "codec.pretrained",
+    "TruncatedError": "codec.bitstream",
+    "Writer": "codec.bitstream",
+    "available": "codec.token_format",
+    "cut": "codec.token_format",
+    "join": "codec.token_format",
     "load": "codec.pretrained",
+    "open": "codec.token_format",
     "save": "codec.pretrained",
+    "write": "codec.token_format",
 }
 
 

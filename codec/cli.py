@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json as json_format
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from fractions import Fraction
+from typing import Annotated, NoReturn
 
 import typer
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from codec.bitstream import Header
-    from codec.models.interface import StreamableCodec
-    from codec.tokens import Tokens
+from codec.batch import STANDARD, Job, PlanError, plan, run
+from codec.jobs import (
+    JobWork,
+    Options,
+    UserError,
+    check_target,
+    decode_job,
+    encode_job,
+    find_containers,
+    guarded,
+    named,
+    named_events,
+    open_container,
+    open_target,
+    reason_of,
+    truncated,
+)
+from codec.stretch import Stretch
 
 app = typer.Typer(
     name="codec",
-    help="Speech to tokens and back.",
+    help="Speech to tokens and back. A path may be '-': standard input or output.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,17 +47,28 @@ app = typer.Typer(
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="A bundled model or a folder with one. Default: speech_16k.")
 ]
+FileModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="A bundled model or a folder. Default: the one the file names.")
+]
 NumQuantizers = Annotated[
     int | None,
     typer.Option("--num-quantizers", "-k", help="Rows of codes to keep: fewer is a lower rate. Default: all."),
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads. One is fast; codes depend on the number.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output file that exists.")]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1...")]
+Threads = Annotated[
+    int, typer.Option("--threads", min=1, help="CPU threads per process. One is fast; codes may depend on the number.")
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Processes for several files. Default: one per core.")
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace output files that exist.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Skip files whose output is there and whole.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-class _UserError(Exception):
-    """A mistake of the user's that the command line itself finds."""
+Start = Annotated[
+    str | None, typer.Option("--start", metavar="TIME", help="Begin here: seconds (12.5) or h:mm:ss.s (1:02:03).")
+]
+Duration = Annotated[str | None, typer.Option("--duration", metavar="TIME", help="Take so much, at most.")]
+Sources = Annotated[list[str], typer.Argument(metavar="IN...")]
 
 
 @contextlib.contextmanager
@@ -50,113 +76,118 @@ def _one_line_errors() -> Iterator[None]:
     """A mistake in the input is one line on stderr and exit status 1, never a traceback."""
     try:
         yield
-    except (_UserError, ValueError, OSError, MemoryError) as error:
-        reason = str(error) or "out of memory"
-        if isinstance(error, OSError) and error.filename:
-            reason = f"{error.filename}: {error.strerror}"
-        typer.echo(f"codec: {' '.join(reason.split())}", err=True)
-        raise typer.Exit(1) from error
+    except PlanError as error:
+        raise typer.BadParameter(str(error)) from error
+    except BrokenPipeError:
+        _fail("standard output was closed")
+    except (UserError, ValueError, OSError, MemoryError) as error:
+        _fail(reason_of(error))
+
+
+def _fail(*reasons: str) -> NoReturn:
+    for reason in reasons:
+        typer.echo(f"codec: {reason}", err=True)
+    raise typer.Exit(1)
 
 
 @app.command()
 def encode(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An audio file.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .codec file to write.")],
+    sources: Sources,
+    target: Annotated[str, typer.Argument(metavar="OUT")],
     model: Model = None,
     num_quantizers: NumQuantizers = None,
+    device: Device = "cpu",
     threads: Threads = 1,
+    start: Start = None,
+    duration: Duration = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The input is headerless 16-bit PCM; needs --rate.")] = False,
+    rate: Annotated[int | None, typer.Option("--rate", min=1, help="Hertz of raw input.")] = None,
+    channels: Annotated[int, typer.Option("--channels", min=1, help="Channels of raw input, interleaved.")] = 1,
+    frames_per_block: Annotated[
+        int | None,
+        typer.Option("--frames-per-block", min=1, max=1000, help="Fewer: less delay in a pipe, larger files."),
+    ] = None,
+    jobs: Jobs = None,
+    resume: Resume = False,
     force: Force = False,
+    json: AsJson = False,
 ) -> None:
-    """Turn an audio file into tokens in a .codec file."""
+    """Turn audio into tokens: files, folders (their tree is kept) or quoted globs into .codec files.
+
+    IN is any audio that libsndfile knows, or WAV from a pipe. OUT is a file for one input, a folder for several.
+    """
+    if raw and rate is None:
+        raise typer.BadParameter("--raw needs --rate")
+    if rate is not None and not raw:
+        raise typer.BadParameter("--rate is for --raw input; a file says its own")
+    options = Options(
+        model, device, threads, _time(start), _time(duration), force, resume, num_quantizers=num_quantizers,
+        raw_rate_hz=rate, raw_channels=channels, frames_per_block=frames_per_block,
+    )  # fmt: skip
     with _one_line_errors():
-        _check_target(source, target, force)
-        codec = _load(model, threads)
-        audio, rate_hz = _read(source)
-        _write_container(target, codec, _encode(codec, audio, rate_hz, num_quantizers), audio, rate_hz)
+        from codec.audio import find_audio
+
+        _transcode(encode_job, options, plan(sources, target, find_audio, ".codec"), jobs, json=json)
 
 
 @app.command()
 def decode(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A .codec file.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The WAV file to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model; default: the one the file names.")
-    ] = None,
+    sources: Sources,
+    target: Annotated[str, typer.Argument(metavar="OUT")],
+    model: FileModel = None,
+    device: Device = "cpu",
     threads: Threads = 1,
+    start: Start = None,
+    duration: Duration = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Write headerless 16-bit PCM.")] = False,
+    jobs: Jobs = None,
+    resume: Resume = False,
     force: Force = False,
+    json: AsJson = False,
 ) -> None:
-    """Turn a .codec file back into audio: as many samples, channels and hertz as went in."""
-    with _one_line_errors():
-        from codec.audio import write_audio
+    """Turn .codec files back into audio: as many samples, channels and hertz as went in.
 
-        _check_target(source, target, force)
-        header, codes, num_samples = _read_container(source)
-        codec = _load(_bundled_name(header, source) if model is None else model, threads)
-        write_audio(target, _decode(codec, header, codes, num_samples), header.rate_hz)
+    OUT's suffix says the format: .wav, .flac, .ogg, .opus, .mp3; several files become .wav files in the folder OUT. A
+    file that ends too early is decoded up to its last good block, with a warning and exit status 1.
+    """
+    options = Options(model, device, threads, _time(start), _time(duration), force, resume, is_raw=raw)
+    with _one_line_errors():
+        _transcode(
+            decode_job, options, plan(sources, target, find_containers, ".pcm" if raw else ".wav"), jobs, json=json
+        )
 
 
 @app.command()
 def roundtrip(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An audio file.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The WAV file to write.")],
+    source: Annotated[str, typer.Argument(metavar="IN")],
+    target: Annotated[str, typer.Argument(metavar="OUT")],
     model: Model = None,
     num_quantizers: NumQuantizers = None,
+    device: Device = "cpu",
     threads: Threads = 1,
+    start: Start = None,
+    duration: Duration = None,
     force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Encode and decode, and say what came out: lengths, bitrate, speed, signal metrics."""
+    options = Options(model, device, threads, _time(start), _time(duration), force, num_quantizers=num_quantizers)
     with _one_line_errors():
-        import io
+        from codec.reports import roundtrip_report
 
-        import numpy as np
-
-        from codec.audio import write_audio
-        from codec.bitstream import Reader
-        from codec.evaluation import available_metrics, evaluate
-
-        _check_target(source, target, force)
-        codec = _load(model, threads)
-        audio, rate_hz = _read(source)
-        started = time.perf_counter()
-        tokens = _encode(codec, audio, rate_hz, num_quantizers)
-        encoded = time.perf_counter()
-        container = io.BytesIO()
-        _write_container(container, codec, tokens, audio, rate_hz)
-        container.seek(0)
-        reader = Reader(container)
-        codes = np.concatenate(list(reader.blocks()), axis=2)
-        opened = time.perf_counter()
-        decoded = _decode(codec, reader.header, codes, audio.shape[1])
-        done = time.perf_counter()
-        write_audio(target, decoded, rate_hz)
-        seconds = audio.shape[1] / rate_hz
-        names = available_metrics()
-        rows = [evaluate(a, b, rate_hz, names) for a, b in zip(audio, decoded, strict=True)]
-        report: dict[str, Any] = {
-            "model": codec.name,
-            "num_samples_in": audio.shape[1],
-            "num_samples_out": decoded.shape[1],
-            "num_channels": len(audio),
-            "rate_hz": rate_hz,
-            "num_frames": codes.shape[2],
-            "num_quantizers": codes.shape[1],
-            "container_bytes": len(container.getvalue()),
-            "codes_bps": reader.header.bitrate_bps,
-            "container_bps": 8 * len(container.getvalue()) / seconds,
-            "encode_times_real_time": seconds / (encoded - started),
-            "decode_times_real_time": seconds / (done - opened),
-            "metrics": {name: float(np.mean([row[name] for row in rows])) for name in names},
-        }
+        check_target(Job(source, target), options)
+        report = roundtrip_report(source, target, options)
     if json:
-        report["metrics"] = {k: None if v != v else v for k, v in report["metrics"].items()}  # NaN is no JSON
         typer.echo(json_format.dumps(report))
         return
     typer.echo(f"model      {report['model']}, {report['num_quantizers']} rows of codes, {threads} thread(s)")
-    typer.echo(f"audio      {seconds:.3f} s, {len(audio)} channel(s) at {rate_hz} Hz")
+    typer.echo(
+        f"audio      {report['num_samples_in'] / report['rate_hz']:.3f} s, {report['num_channels']} channel(s) "
+        f"at {report['rate_hz']} Hz"
+    )
     typer.echo(f"samples    {report['num_samples_in']} in, {report['num_samples_out']} out")
     typer.echo(
-        f"bitrate    {report['codes_bps'] / 1000:.2f} kbps of codes, {report['container_bps'] / 1000:.2f} as a file"
+        f"bitrate    {report['packed_bps'] / 1000:.2f} kbps of codes, {report['container_bps'] / 1000:.2f} as a file"
     )
     typer.echo(
         f"speed      encode {report['encode_times_real_time']:.0f}x real time, "
@@ -165,176 +196,135 @@ def roundtrip(
     units = {"si_sdr_db": ("SI-SDR", " dB"), "log_spectral_db": ("log-spectral distance", " dB")}
     for name, value in report["metrics"].items():
         label, unit = units.get(name, (name.upper().replace("_", "-"), ""))
-        typer.echo(f"metric     {label} {value:.3f}{unit}")
+        typer.echo(f"metric     {label} " + ("undefined" if value is None else f"{value:.3f}{unit}"))
     for name, extra in (("stoi", "metrics"), ("pesq_wb", "pesq")):
-        if name not in names:
+        if name not in report["metrics"]:
             typer.echo(f"metric     {name.upper().replace('_', '-')} not measured: needs the extra '{extra}'")
 
 
 @app.command()
 def info(
-    source: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A .codec file; none: this installation.")
-    ] = None,
+    source: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
+    model: FileModel = None,
     json: AsJson = False,
 ) -> None:
-    """Say what a .codec file holds, or which models and kernels there are."""
+    """Say what a .codec file holds, having checked every block; or which models and kernels there are."""
     with _one_line_errors():
-        facts = _installation() if source is None else _file_facts(source)
+        from codec.reports import file_facts, installation
+
+        facts = installation() if source is None else file_facts(source, model)
     if json:
         typer.echo(json_format.dumps(facts))
-        return
-    for name, value in facts.items():
-        typer.echo(f"{name:20} {value}")
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name:20} {value}")
+    if facts.get("is_truncated"):
+        _fail(truncated(source or "", facts["seconds"]))
 
 
-def _file_facts(source: Path) -> dict[str, Any]:
-    header, codes, num_samples = _read_container(source)
-    seconds = num_samples / header.rate_hz
-    return {
-        "file": str(source),
-        "model": header.model,
-        "codec_id": header.codec_id,
-        "seconds": round(seconds, 6),
-        "num_samples": num_samples,
-        "rate_hz": header.rate_hz,
-        "num_channels": header.num_channels,
-        "codec_rate_hz": header.codec_rate_hz,
-        "hop_length": header.hop_length,
-        "num_frames": codes.shape[2],
-        "codebook_sizes": list(header.codebook_sizes),
-        "codes_bps": header.bitrate_bps,
-        "container_bps": round(8 * source.stat().st_size / seconds, 1),
-    }
+@app.command()
+def cut(
+    source: Annotated[str, typer.Argument(metavar="IN")],
+    target: Annotated[str, typer.Argument(metavar="OUT")],
+    start: Start = None,
+    duration: Duration = None,
+    model: FileModel = None,
+    force: Force = False,
+) -> None:
+    """Take a stretch of a .codec file, exact to the sample, without decoding it.
+
+    The result decodes to the same samples as that stretch of the whole file.
+    """
+    options = Options(model, start_seconds=_time(start), duration_seconds=_time(duration), force=force)
+    with _one_line_errors():
+        from codec.token_format import copy_events
+
+        check_target(Job(source, target), options)
+        with open_container(source, model, seekable=True, allow_truncated=True) as reader:
+            whole = reader.num_samples  # of a broken file, that is up to its last good block
+            if not whole:
+                raise UserError(f"{source}: it holds no audio")
+            with open_target(target) as out, named(source):
+                stretch = (options.stretch(reader.header.rate_hz) or Stretch()).within(whole)
+                copy_events(out, reader, reader.events(stretch.first_sample, stretch.num_samples))
+            if reader.is_truncated:
+                _fail(truncated(source, whole / reader.header.rate_hz))
 
 
-def _installation() -> dict[str, Any]:
-    import torch
+@app.command()
+def join(
+    sources: Sources,
+    target: Annotated[str, typer.Argument(metavar="OUT")],
+    model: FileModel = None,
+    force: Force = False,
+) -> None:
+    """Put .codec files of one model, rate and channel count one after the other, without decoding them.
 
-    import codec as package
-    from codec.kernels.residual_search import resolve_impl
-    from codec.pretrained import available, load
+    The result decodes to the same samples as the files alone.
+    """
+    with _one_line_errors():
+        from codec.token_format import copy_events, join_events
 
-    facts: dict[str, Any] = {
-        "version": package.__version__,
-        "torch": torch.__version__,
-        "residual_search": resolve_impl("auto"),
-    }
-    for name in available():
-        model = load(name)
-        rates = [model.bitrate_bps(k) / 1000 for k in model.valid_num_quantizers]
-        facts[f"model {name}"] = (
-            f"id {model.codec_id}, {model.sample_rate_hz} Hz, {rates[0]:g} to {rates[-1]:g} kbps in "
-            f"{len(rates)} steps, delay "
-            f"{model.hop_length + model.encode_delay_samples} samples to encode, {model.decode_delay_samples} to decode"
-        )
-    return facts
-
-
-def _check_target(source: Path, target: Path, force: bool) -> None:
-    if not target.parent.is_dir():
-        raise _UserError(f"{target.parent} is not a folder")
-    if target.is_dir():
-        raise _UserError(f"{target} is a folder")
-    if target.exists() and not target.is_file():
-        raise _UserError(f"{target} is no ordinary file")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise _UserError(f"{target} is the input itself")
-    if target.exists() and not force:
-        raise _UserError(f"{target} exists already; --force replaces it")
+        for source in sources:
+            check_target(Job(source, target), Options(force=force))
+        with contextlib.ExitStack() as opened:
+            readers = [opened.enter_context(open_container(source, model)) for source in sources]
+            files = (
+                (reader.header, named_events(reader, source)) for reader, source in zip(readers, sources, strict=True)
+            )
+            with open_target(target) as out:
+                copy_events(out, readers[0], join_events(files))
 
 
-def _read(source: Path) -> tuple[np.ndarray, int]:
-    from codec.audio import read_audio
-
-    return read_audio(source)
-
-
-def _load(model: str | None, threads: int) -> StreamableCodec:
-    import torch
-
-    from codec.pretrained import load
-
-    torch.set_num_threads(threads)
-    return load() if model is None else load(model)
+def _time(text: str | None) -> Fraction | None:
+    """Seconds, "12.5", or hours and minutes before them, "1:02:03.5". Exact. Wrong usage where it is neither."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:(?:(\d+):)?([0-5]?\d):(?=[0-5]?\d(?:\.|$)))?(\d+(?:\.\d+)?)", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no time; write seconds (12.5) or h:mm:ss (1:02:03.5)")
+    hours, minutes, seconds = found.groups()
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
 
 
-def _bundled_name(header: Header, source: Path) -> str:
-    """The bundled model that a file names. A name in a file never stands for a folder."""
-    from codec.pretrained import available
-
-    name = header.model.split("@")[0]
-    if name not in available():
-        raise _UserError(f"{source} was made by {header.model}, which is not bundled; --model says where it is")
-    return name
-
-
-def _encode(codec: StreamableCodec, audio: np.ndarray, rate_hz: int, num_quantizers: int | None) -> Tokens:
-    """Each channel becomes a row of the batch."""
-    import torch
-
-    from codec.audio import resample
-
-    at_codec_rate = resample(audio, rate_hz, codec.sample_rate_hz)
-    return codec.encode(torch.from_numpy(at_codec_rate.copy())[:, None], num_quantizers=num_quantizers)
-
-
-def _decode(codec: StreamableCodec, header: Header, codes: np.ndarray, num_samples: int) -> np.ndarray:
-    import torch
-
-    from codec.audio import fit_length, resample, resampled_length
-    from codec.bitstream import BitstreamError
-    from codec.tokens import Tokens
-
-    if codec.codec_id != header.codec_id:
-        raise BitstreamError(
-            f"the file was made by {header.model} (id {header.codec_id}); this is {codec.name} (id {codec.codec_id})"
-        )
-    num_rows = len(header.codebook_sizes)
-    claims = (header.codec_rate_hz, header.hop_length, header.codebook_sizes)
-    if claims != (codec.sample_rate_hz, codec.hop_length, tuple(codec.codebook_sizes[:num_rows])):
-        raise BitstreamError(f"the file's header does not fit the model that it names, {codec.name}")
-    length = resampled_length(num_samples, header.rate_hz, codec.sample_rate_hz)
-    tokens = Tokens(torch.from_numpy(codes), torch.full((len(codes),), length), codec.codec_id)
-    audio = codec.decode(tokens)[:, 0].numpy()
-    return fit_length(resample(audio, codec.sample_rate_hz, header.rate_hz), num_samples)
-
-
-def _write_container(target: Any, codec: StreamableCodec, tokens: Tokens, audio: np.ndarray, rate_hz: int) -> None:
-    from codec.bitstream import Header, Writer
-
-    header = Header(
-        codec_id=codec.codec_id,
-        model=codec.name,
-        codec_rate_hz=codec.sample_rate_hz,
-        rate_hz=rate_hz,
-        num_channels=len(audio),
-        hop_length=codec.hop_length,
-        codebook_sizes=codec.codebook_sizes[: tokens.codes.shape[1]],
+def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: int | None, *, json: bool) -> None:
+    """Do the jobs and report. One job's error is the command's; of many, the good ones are done first."""
+    if json and jobs[0].target == STANDARD:
+        raise typer.BadParameter("--json and the result would both go to standard output")
+    if jobs[0].target == STANDARD and sys.stdout is not None and sys.stdout.isatty():
+        raise typer.BadParameter("the result would go to a terminal; name a file")
+    started = time.perf_counter()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    outcomes = run(
+        jobs,
+        functools.partial(guarded, work=work, options=options),
+        num_processes=num_processes or max(1, cores // options.threads),
     )
-    with Writer(target, header) as writer:
-        writer.write(tokens.codes.numpy())
-        writer.finish(audio.shape[1])
-
-
-def _read_container(source: Path) -> tuple[Header, np.ndarray, int]:
-    import numpy as np
-
-    from codec.bitstream import BitstreamError, Reader
-
-    try:
-        with Reader(source) as reader:
-            blocks = list(reader.blocks())
-            if not blocks or not reader.num_samples:
-                raise BitstreamError("it holds no audio")
-            return reader.header, np.concatenate(blocks, axis=2), reader.num_samples
-    except BitstreamError as error:
-        raise BitstreamError(f"{source}: {error}") from error
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    elapsed = time.perf_counter() - started
+    failed = [outcome for outcome in outcomes if outcome.error or outcome.warning]
+    done = [outcome for outcome in outcomes if outcome.status == "done"]
+    seconds = sum(outcome.seconds for outcome in done)
+    if json:
+        typer.echo(
+            json_format.dumps(
+                {
+                    "files": [outcome.to_dict() for outcome in outcomes],
+                    "num_done": len(done),
+                    "num_skipped": sum(outcome.status == "skipped" for outcome in outcomes),
+                    "num_failed": sum(outcome.status == "failed" for outcome in outcomes),
+                    "seconds": round(seconds, 6),
+                    "elapsed_seconds": round(elapsed, 3),
+                }
+            )
+        )
+    elif len(jobs) > 1 or sys.stderr.isatty():
+        num_bytes = sum(outcome.num_bytes for outcome in done)
+        skipped = sum(outcome.status == "skipped" for outcome in outcomes)
+        typer.echo(
+            f"{len(done)} of {len(jobs)} files done"
+            + (f", {skipped} were there" if skipped else "")
+            + f": {seconds:.1f} s of audio, {num_bytes} bytes, {seconds / elapsed:.0f}x real time",
+            err=True,
+        )
+    if failed:
+        _fail(*(outcome.error or outcome.warning or "" for outcome in failed))

@@ -1,4 +1,4 @@
-"""Load and save codecs: a folder with `config.json` and `model.safetensors`, or the name of a bundled model.
+"""Load and save codecs: a folder with `config.json`, `model.safetensors` and `tokens.safetensors`, or a bundled name.
 
 Nothing is unpickled, and loading runs no code but the registered constructors.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,9 @@ from torch import Tensor
 from codec import config as codec_config
 from codec.models import multirate as _multirate  # noqa: F401  (registers its configurations)
 from codec.models.interface import StreamableCodec
+from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available
 
-DEFAULT_MODEL = "speech_16k"
 _STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-def _bundled_folder() -> Path:
-    """Where the bundled models lie: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "bundled"
-    return installed if installed.is_dir() else package.parent / "pretrained"
-
-
-def available() -> dict[str, Path]:
-    """The bundled models by name, each with its folder."""
-    return {f.parent.name: f.parent for f in sorted(_bundled_folder().glob("*/config.json"))}
 
 
 def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.device = "cpu") -> StreamableCodec:
@@ -68,11 +57,17 @@ def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.
     codec.load_state_dict({key: value.float() for key, value in tensors.items()})
     codec.codec_id = compute_codec_id(data, tensors)
     codec.name = metadata.get("model", folder.resolve().name)
+    codec.token_format = _token_format(codec, codec.codec_id, codec.name)
+    if (folder / FILE_NAME).is_file():
+        stored = TokenFormat.load(folder)
+        if replace(stored, tables=None) != codec.token_format:
+            raise ValueError(f"{folder / FILE_NAME} belongs to another model")
+        codec.token_format = stored
     return codec.to(device).eval().requires_grad_(False)
 
 
 def save(codec: StreamableCodec, folder: str | os.PathLike[str], *, name: str, dtype: str = "float16") -> str:
-    """Write `config.json` and `model.safetensors` into a folder and return the codec id.
+    """Write a codec into a folder and return the codec id.
 
     `name` is what files made with the model will call it, such as "speech_16k@1"; the part before "@" is the folder
     name or bundled name that finds it again.
@@ -93,7 +88,22 @@ def save(codec: StreamableCodec, folder: str | os.PathLike[str], *, name: str, d
     partial.write_bytes(serialize(tensors, metadata={"model": name}))
     os.replace(partial, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    return compute_codec_id(data, tensors)
+    codec_id = compute_codec_id(data, tensors)
+    _token_format(codec, codec_id, name).save(path)
+    return codec_id
+
+
+def _token_format(codec: StreamableCodec, codec_id: str, name: str) -> TokenFormat:
+    return TokenFormat(
+        codec_id=codec_id,
+        model=name,
+        sample_rate_hz=codec.sample_rate_hz,
+        hop_length=codec.hop_length,
+        codebook_sizes=tuple(codec.codebook_sizes),
+        valid_num_quantizers=tuple(codec.valid_num_quantizers),
+        num_frames_before=codec.decode_frames_before,
+        num_frames_after=codec.decode_frames_after,
+    )
 
 
 def compute_codec_id(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -83,3 +83,43 @@ def test_training_without_data_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for seed in range(2):
+        soundfile.write(folder / f"{seed}.wav", speech_like(16000, rate_hz=8000, seed=seed), 8000)
+    return folder
+
+
+def test_entropy_tables_are_fitted_and_measured(model: Path, speech: Path) -> None:
+    done = _run("benchmark_files", "container", speech, "--model", model)
+    assert done.returncode == 1
+    assert "has no entropy tables" in done.stderr
+    before = codec.load(model).codec_id
+    done = _run("fit_entropy", model, speech, "--check", speech)
+    assert done.returncode == 0, done.stderr
+    assert "with context" in done.stdout
+    fitted = codec.TokenFormat.load(model)
+    assert fitted.tables is not None
+    assert fitted.tables.id in done.stdout
+    assert codec.load(model).codec_id == fitted.codec_id == before  # codes mean what they meant
+    done = _run("benchmark_files", "container", speech, "--model", model, "--json")
+    facts = json.loads(done.stdout)
+    assert facts["files"] == 2
+    assert facts["coded_bps"] < facts["packed_bps"]
+    assert facts["entropy_coding_saves_net_of_blocks"] < facts["entropy_coding_saves"] < 1
+    assert 0 < facts["block_overhead"] < facts["container_overhead"]
+    assert 0 < facts["entropy_coding_share_of_encode_time"] < 1
+
+
+def test_the_command_line_is_timed(model: Path, speech: Path) -> None:
+    done = _run(
+        "benchmark_files", "command", speech, "--model", model, "--minutes", "1", "--short-files", "2", "--json"
+    )
+    facts = json.loads(done.stdout)
+    for name in ("encode", "decode", "short_files_one_process", "short_files_all_cores"):
+        assert facts[f"{name}_times_real_time"] > 0
+    assert facts["encode_peak_mb"] > 50

@@ -25,9 +25,10 @@ import torch
 from codec.audio import find_audio, read_audio, resample
 from codec.evaluation import available_metrics, evaluate
 from codec.models.interface import StreamableCodec
-from codec.pretrained import DEFAULT_MODEL, load
+from codec.pretrained import load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
+from codec.token_format import DEFAULT_MODEL
 
 # One model per process, not one per file.
 _load_once = functools.cache(load)

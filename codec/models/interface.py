@@ -6,7 +6,7 @@ Letters: B batch, C channels, T samples, K rows of codes, F frames, hop samples 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from codec.layers.causal import State
 from codec.tokens import Tokens
+
+if TYPE_CHECKING:
+    from codec.token_format import TokenFormat
 
 # Frames that one step of an offline call, or of a long push to a stream, works on: enough to amortise its overhead, few
 # enough to stay in the processor's cache. It changes speed only, never a bit.
@@ -26,7 +29,8 @@ class AudioCodec(Protocol):
 
     `num_frames = ceil(num_samples / hop_length)`, always, and decoding returns exactly `num_samples` samples.
     `encode_delay_samples`: how far past the end of a frame the encoder looks. `decode_delay_samples`: by how much the
-    output of `decode_step` is late; `decode` has it trimmed.
+    output of `decode_step` is late; `decode` has it trimmed. `decode_frames_before` and `decode_frames_after`: on how
+    many frames before and after its own a decoded sample depends.
     """
 
     codec_id: str
@@ -38,6 +42,8 @@ class AudioCodec(Protocol):
     is_streamable: bool
     encode_delay_samples: int
     decode_delay_samples: int
+    decode_frames_before: int
+    decode_frames_after: int
 
     def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
         """Audio float32 [B, C, T] in -1..1 -> tokens. `num_samples` [B]: real lengths in a padded batch."""
@@ -56,6 +62,7 @@ class StreamableCodec(nn.Module, ABC):
 
     codec_id: str = ""  # empty until the model is saved and loaded
     name: str = ""  # "speech_16k@1"; likewise
+    token_format: TokenFormat | None = None  # what files with its codes say; likewise
     config: Any
     sample_rate_hz: int
     num_channels: int
@@ -65,6 +72,8 @@ class StreamableCodec(nn.Module, ABC):
     is_streamable = True
     encode_delay_samples: int
     decode_delay_samples: int
+    decode_frames_before: int
+    decode_frames_after: int
 
     @abstractmethod
     def encode_init(self, batch_size: int) -> State:

@@ -14,7 +14,8 @@ can, and the cost of the fast stages is small because they are narrow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,8 @@ class MultirateCodec(StreamableCodec):
         self.encoder = Sequential(_encoder_layers(config))
         self.quantizer: Quantizer = build(config.quantizer)
         self.decoder = Sequential(_decoder_layers(config))
+        self.decode_frames_before = max(0, _decoder_past_frames(config) - config.decode_delay_frames)
+        self.decode_frames_after = config.decode_delay_frames
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
 
@@ -165,6 +168,15 @@ def _decoder_layers(config: MultirateConfig) -> list[CausalLayer]:
     with torch.no_grad():
         head.weight.mul_(0.05)  # start near the level of speech: a loud start costs hundreds of steps
     return [*layers, History(channels[0], config.window_patches - 1), head]
+
+
+def _decoder_past_frames(config: MultirateConfig) -> int:
+    """How many frames before the last one that came in the decoder's newest output hears, rounded up."""
+    steps_per_frame = prod(config.strides)
+    past_frames = Fraction(config.window_patches - 1, steps_per_frame)
+    for rate, num_blocks in enumerate(config.decoder_blocks):
+        past_frames += Fraction(num_blocks * (config.kernel_size - 1), prod(config.strides[rate:]))
+    return ceil(past_frames)
 
 
 def _blocks(config: MultirateConfig, channels: int, num_blocks: int, total: int) -> list[CausalLayer]:

@@ -1,0 +1,123 @@
+"""What the command line tells: of a file, of this installation, of a recording that was encoded and decoded."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+from codec.jobs import Options, load_model, named, open_audio, open_container, open_target
+
+
+def roundtrip_report(source: str, target: str, options: Options) -> dict[str, Any]:
+    """Encode and decode, write what came out, and measure it."""
+    import numpy as np
+
+    from codec.audio import AudioWriter
+    from codec.bitstream import Reader
+    from codec.evaluation import available_metrics, evaluate
+    from codec.transcode import decode_events, encode_blocks, stretch_of
+
+    codec = load_model(options.model, options)
+    with open_audio(source, options) as reader, named(source):
+        rate_hz, stretch = reader.rate_hz, options.stretch(reader.rate_hz)
+        if stretch is not None and reader.num_samples is not None:
+            stretch = stretch.within(reader.num_samples)
+        audio = np.concatenate(list(stretch_of(reader, stretch, codec)), axis=1)
+    num_channels, num_samples = audio.shape
+    seconds = num_samples / rate_hz
+    started = time.perf_counter()
+    container = io.BytesIO()
+    encode_blocks(
+        codec, [audio], container, rate_hz=rate_hz, num_channels=num_channels, num_quantizers=options.num_quantizers
+    )
+    encoded = time.perf_counter()
+    container.seek(0)
+    opened = Reader(container, tables=codec.token_format.tables if codec.token_format else None)
+    decoded = np.concatenate(list(decode_events(codec, opened.header, opened.events())), axis=1)
+    done = time.perf_counter()
+    with open_target(target) as out, AudioWriter(out, rate_hz, num_channels, num_samples=num_samples) as writer:
+        writer.write(decoded)
+        writer.finish()
+    names = available_metrics()
+    rows = [evaluate(a, b, rate_hz, names) for a, b in zip(audio, decoded, strict=True)]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    return {
+        "model": codec.name,
+        "num_samples_in": num_samples,
+        "num_samples_out": decoded.shape[1],
+        "num_channels": num_channels,
+        "rate_hz": rate_hz,
+        "num_frames": opened.num_frames,
+        "num_quantizers": len(opened.header.codebook_sizes),
+        "container_bytes": len(container.getvalue()),
+        "packed_bps": opened.header.bitrate_bps,
+        "container_bps": 8 * len(container.getvalue()) / seconds,
+        "encode_times_real_time": seconds / (encoded - started),
+        "decode_times_real_time": seconds / (done - encoded),
+        "metrics": {name: None if value != value else value for name, value in means.items()},  # NaN is no JSON
+    }
+
+
+def file_facts(source: str, model: str | None) -> dict[str, Any]:
+    """What a container says, after reading and checking every block."""
+    with open_container(source, model, seekable=True, allow_truncated=True) as reader, named(source):
+        header = reader.header
+        has_tables = header.entropy_id is None or reader.tables is not None
+        for _ in reader.events(decode=has_tables):  # every block is read and checked
+            pass
+        seconds = reader.num_samples / header.rate_hz
+        return {
+            "file": source,
+            "model": header.model,
+            "codec_id": header.codec_id,
+            "entropy_id": header.entropy_id,
+            "seconds": round(seconds, 6),
+            "num_samples": reader.num_samples,
+            "rate_hz": header.rate_hz,
+            "num_channels": header.num_channels,
+            "codec_rate_hz": header.codec_rate_hz,
+            "hop_length": header.hop_length,
+            "num_frames": reader.num_frames,
+            "frame_rate_hz": header.codec_rate_hz / header.hop_length,
+            "num_quantizers": len(header.codebook_sizes),
+            "codebook_sizes": list(header.codebook_sizes),
+            "num_segments": len(reader.segments),
+            "num_global_codes": [
+                0 if segment.start.global_codes is None else segment.start.global_codes.shape[1]
+                for segment in reader.segments
+            ],
+            "num_blocks": reader.num_blocks,
+            "has_index": reader.has_index,
+            "file_bytes": reader.num_bytes,
+            "packed_bps": round(header.bitrate_bps, 1),
+            "coded_bps": round(8 * reader.num_code_bytes / seconds, 1) if seconds else None,
+            "container_bps": round(8 * reader.num_bytes / seconds, 1) if seconds else None,
+            "checked": "all blocks and codes" if has_tables else "all blocks; the entropy tables are not here",
+            "is_truncated": reader.is_truncated,
+        }
+
+
+def installation() -> dict[str, Any]:
+    """Versions, kernels and models."""
+    import torch
+
+    import codec as package
+    from codec.kernels.residual_search import resolve_impl
+    from codec.pretrained import load
+    from codec.token_format import available
+
+    facts: dict[str, Any] = {
+        "version": package.__version__,
+        "torch": torch.__version__,
+        "residual_search": resolve_impl("auto"),
+    }
+    for name in available():
+        model = load(name)
+        rates = [model.bitrate_bps(k) / 1000 for k in model.valid_num_quantizers]
+        facts[f"model {name}"] = (
+            f"id {model.codec_id}, {model.sample_rate_hz} Hz, {rates[0]:g} to {rates[-1]:g} kbps in "
+            f"{len(rates)} steps, delay "
+            f"{model.hop_length + model.encode_delay_samples} samples to encode, {model.decode_delay_samples} to decode"
+        )
+    return facts
