@@ -40,8 +40,8 @@ def main() -> None:
         status = end.code if isinstance(end, SystemExit) else 1
         error = end.__context__ if isinstance(end, SystemExit) else end  # typer hides a broken pipe behind an exit
         if isinstance(error, OSError):
-            reason = "it was closed" if isinstance(error, BrokenPipeError) else error.strerror
-            print(f"codec: standard output cannot be written: {reason}", file=sys.stderr)
+            reason = " was closed" if isinstance(error, BrokenPipeError) else f": {error.strerror}"
+            print(f"codec: standard output{reason}", file=sys.stderr)
     finally:
         discard_all()
     for stream in (sys.stdout, sys.stderr):

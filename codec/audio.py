@@ -78,6 +78,7 @@ class AudioReader:
     rate_hz: int
     num_channels: int
     num_samples: int | None  # per channel
+    is_live: bool  # a pipe or the like, whose audio may still be coming in
 
     def __init__(self, source: str | os.PathLike[str] | BinaryIO, *, raw: RawFormat | None = None) -> None:
         path = source if isinstance(source, (str, os.PathLike)) else None
@@ -86,6 +87,7 @@ class AudioReader:
         with contextlib.ExitStack() as opened:
             with _failing(f"{self.name} cannot be read as audio"):
                 stream = cast(BinaryIO, source) if path is None else opened.enter_context(_open(path, self.name))
+                self.is_live = _num_file_bytes(stream) is None
                 self._source = _open_source(stream, self.name, raw, opened)
             self.rate_hz, self.num_channels = self._source.rate_hz, self._source.num_channels
             self.num_samples = self._source.num_samples

@@ -10,12 +10,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from codec.files import discard_all
+from codec.files import discard_all, discard_of
 
 STANDARD = "-"  # standard input or output, in place of a path
 
@@ -120,22 +122,25 @@ def run(jobs: list[Job], work: Work, *, num_processes: int) -> list[Outcome]:
 
 def _run_in_processes(jobs: list[Job], work: Work, num_processes: int, advance: Advance) -> list[Outcome]:
     waiting = jobs[::-1]
-    idle: list[Connection] = []
-    busy: dict[Connection, Job] = {}
+    idle: list[_Helper] = []
+    busy: dict[Connection, tuple[_Helper, Job]] = {}
     outcomes: dict[Job, Outcome] = {}
     with contextlib.ExitStack() as helpers:
         while waiting or busy:
             while waiting and len(busy) < num_processes:
-                connection = idle.pop() if idle else helpers.enter_context(_helper(work))
-                busy[connection] = job = waiting.pop()
+                helper = idle.pop() if idle else helpers.enter_context(_helper(work))
+                job = waiting.pop()
+                busy[helper.connection] = helper, job
                 with contextlib.suppress(OSError):  # of one that has died, which is found below
-                    connection.send(job)
+                    helper.connection.send(job)
             for connection in cast(list[Connection], wait(list(busy))):
-                job = busy.pop(connection)
+                helper, job = busy.pop(connection)
                 try:
                     outcomes[job] = connection.recv()
-                    idle.append(connection)
+                    idle.append(helper)
                 except (EOFError, OSError):
+                    helper.process.join()
+                    discard_of(helper.process.pid or 0, Path(job.target).parent)
                     outcomes[job] = Outcome(
                         job.source, job.target, "failed", error=f"{job.source}: its process was ended"
                     )
@@ -143,12 +148,19 @@ def _run_in_processes(jobs: list[Job], work: Work, num_processes: int, advance: 
     return [outcomes[job] for job in jobs]
 
 
+@dataclass(frozen=True)
+class _Helper:
+    process: BaseProcess
+    connection: Connection
+
+
 @contextlib.contextmanager
-def _helper(work: Work) -> Iterator[Connection]:
+def _helper(work: Work) -> Iterator[_Helper]:
     """A process that does the jobs it is sent, one after the other, and ends with the connection."""
     context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch is not safe
     ours, theirs = context.Pipe()
     process = context.Process(target=_help, args=(theirs, work))
+    resource_tracker.ensure_running()  # not within `start`, since it lets signals through
     # Signals to this process wait until it knows its helper, and the helper inherits that they wait: it leaves Ctrl-C
     # and the end of the terminal to this process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -158,7 +170,7 @@ def _helper(work: Work) -> Iterator[Connection]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     try:
-        yield ours
+        yield _Helper(process, ours)
     finally:
         ours.close()
         process.join()

@@ -5,7 +5,7 @@ bytes. Everything else is little endian.
 
 Header
 
-    8    magic: 89 43 4F 44 45 43 0D 0A ("\x89CODEC\r\n"; text-mode transfers break it visibly)
+    6    magic: 89 43 4F 44 45 43 ("\x89CODEC"; no text begins like that)
     1    version (1)
     1    flags: 1 if blocks may be entropy-coded; all other bits are 0, and a reader refuses those it does not know
     8    codec id: the first 8 bytes of the SHA-256 that names the model's weights and configuration
@@ -25,7 +25,8 @@ Block
 
     v    8 * size of the payload + type; payloads have at most 2^20 bytes
     n    payload
-    4    CRC-32 of the bytes before, in this block
+    4    CRC-32 of the bytes before in this block, begun with the checksum right before it, the header's or a block's:
+         it fails where a block was lost, moved, or taken from another file
 
     0 END      v samples of the file at the original rate, v frames, v size of the INDEX block right before (0: none),
                1 size of this payload, so that END is found from the end of the file. Nothing may follow it
@@ -164,7 +165,9 @@ class Writer:
         self._atomic = AtomicFile(target) if isinstance(target, str | os.PathLike) else None
         self._file: BinaryIO = self._atomic.file if self._atomic is not None else target  # type: ignore[assignment]
         try:
-            self._put(header.to_bytes())
+            head = header.to_bytes()
+            (self._checksum,) = struct.unpack("<I", head[-4:])
+            self._put(head)
             self._begin(0, self._segment)
         except BaseException:
             self.__exit__(None, None, None)
@@ -262,7 +265,8 @@ class Writer:
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise BitstreamError(f"a block of {len(payload)} bytes is more than the {MAX_PAYLOAD_BYTES} allowed")
         body = leb128(8 * len(payload) + block_type) + payload
-        self._put(body + struct.pack("<I", zlib.crc32(body)))
+        self._checksum = zlib.crc32(body, self._checksum)
+        self._put(body + struct.pack("<I", self._checksum))
         self._index.num_bytes += len(body) + 4
         return len(body) + 4
 
@@ -303,6 +307,7 @@ class Reader:
         self._owned = isinstance(source, str | os.PathLike)
         self._file: BinaryIO = open(source, "rb") if isinstance(source, str | os.PathLike) else source  # noqa: SIM115
         self._position = 0  # bytes read, from the beginning of the container
+        self._checksum = self._checksum_at = 0  # the last one that was read and right, and where it ends
         self._known_layout: tuple[_Index, tuple[Segment, ...]] | None = None
         try:
             self._base = self._file.tell() if self._file.seekable() else None
@@ -591,11 +596,12 @@ class Reader:
         taken = self._exactly(len(MAGIC), what)
         if taken != MAGIC:
             raise BitstreamError("not a .codec file")
-        taken += self._exactly(10, what)
-        version, flags = taken[8:10]
+        version, flags = fixed = self._exactly(2, what)
+        codec_id = self._exactly(8, what)
+        taken += fixed + codec_id
         if version != VERSION or flags & ~ENTROPY_CODED:
             raise BitstreamError(f"version {version} (flags {flags}) needs a newer version of this program")
-        codec_id, entropy_id = taken[10:18].hex(), None
+        entropy_id = None
         if flags & ENTROPY_CODED:
             taken += (entropy := self._exactly(4, what))
             entropy_id = entropy.hex()
@@ -616,15 +622,14 @@ class Reader:
             sizes += [size] * run
         taken += (name_bytes := self._exactly(1, what))
         taken += (name := self._exactly(name_bytes[0], what))
-        if self._exactly(4, what) != struct.pack("<I", zlib.crc32(taken)):
-            raise BitstreamError("the header is damaged (checksum)")
+        self._check(zlib.crc32(taken), what)
         try:
             model = name.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BitstreamError("the model's name is not UTF-8") from error
         codec_rate_hz, rate_hz, num_channels, hop_length, num_frames_before, num_frames_after = fields
         header = Header(
-            codec_id=codec_id,
+            codec_id=codec_id.hex(),
             model=model,
             codec_rate_hz=codec_rate_hz,
             rate_hz=rate_hz,
@@ -641,15 +646,24 @@ class Reader:
 
     def _read_block(self, offset: int) -> tuple[int, bytes, int]:
         """The type and payload of the block at an offset, and the offset after it."""
-        self._seek(offset)
+        if self._checksum_at == offset:
+            self._seek(offset)
+        else:
+            self._seek(offset - 4)
+            (self._checksum,) = struct.unpack("<I", self._exactly(4, "a checksum"))
         key, head = self._read_leb128("a block")
         size, kind = divmod(key, 8)
         if size > MAX_PAYLOAD_BYTES:
             raise BitstreamError(f"a block claims {size} bytes, more than the {MAX_PAYLOAD_BYTES} allowed")
         payload = self._exactly(size, "a block")
-        if self._exactly(4, "a block") != struct.pack("<I", zlib.crc32(head + payload)):
-            raise BitstreamError("a block is damaged (checksum)")
+        self._check(zlib.crc32(head + payload, self._checksum), "a block")
         return kind, payload, self._position
+
+    def _check(self, checksum: int, what: str) -> None:
+        """Read the checksum of what has come."""
+        if self._exactly(4, what) != struct.pack("<I", checksum):
+            raise BitstreamError(f"{what} is damaged (checksum)")
+        self._checksum, self._checksum_at = checksum, self._position
 
     def _seek(self, offset: int) -> None:
         if self._position != offset:

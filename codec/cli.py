@@ -86,7 +86,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def _fail(*reasons: str) -> NoReturn:
     for reason in reasons:
-        typer.echo(f"codec: {reason}", err=True)
+        typer.echo("codec: " + " ".join(reason.split()), err=True)
     raise typer.Exit(1)
 
 
@@ -102,7 +102,9 @@ def encode(
     duration: Duration = None,
     raw: Annotated[bool, typer.Option("--raw", help="The input is headerless 16-bit PCM; needs --rate.")] = False,
     rate: Annotated[int | None, typer.Option("--rate", min=1, help="Hertz of raw input.")] = None,
-    channels: Annotated[int, typer.Option("--channels", min=1, help="Channels of raw input, interleaved.")] = 1,
+    channels: Annotated[
+        int | None, typer.Option("--channels", min=1, help="Channels of raw input, interleaved. Default: 1.")
+    ] = None,
     frames_per_block: Annotated[
         int | None,
         typer.Option("--frames-per-block", min=1, max=1000, help="Fewer: less delay in a pipe, larger files."),
@@ -118,11 +120,11 @@ def encode(
     """
     if raw and rate is None:
         raise typer.BadParameter("--raw needs --rate")
-    if rate is not None and not raw:
-        raise typer.BadParameter("--rate is for --raw input; a file says its own")
+    if (rate is not None or channels is not None) and not raw:
+        raise typer.BadParameter("--rate and --channels are for --raw input; a file says its own")
     options = Options(
         model, device, threads, _time(start), _time(duration), force, resume, num_quantizers=num_quantizers,
-        raw_rate_hz=rate, raw_channels=channels, frames_per_block=frames_per_block,
+        raw_rate_hz=rate, raw_channels=channels or 1, frames_per_block=frames_per_block,
     )  # fmt: skip
     with _one_line_errors():
         from codec.audio import find_audio
@@ -171,6 +173,8 @@ def roundtrip(
     json: AsJson = False,
 ) -> None:
     """Encode and decode, and say what came out: lengths, bitrate, speed, signal metrics."""
+    if target == STANDARD:
+        raise typer.BadParameter("the report goes to standard output; name a file for the audio")
     options = Options(model, device, threads, _time(start), _time(duration), force, num_quantizers=num_quantizers)
     with _one_line_errors():
         from codec.reports import roundtrip_report
@@ -217,7 +221,7 @@ def info(
         typer.echo(json_format.dumps(facts))
     else:
         for name, value in facts.items():
-            typer.echo(f"{name:20} {value}")
+            typer.echo(f"{name:20} {value}".encode(errors="backslashreplace"))  # names need not be UTF-8
     if facts.get("is_truncated"):
         _fail(truncated(source or "", facts["seconds"]))
 
@@ -235,6 +239,7 @@ def cut(
 
     The result decodes to the same samples as that stretch of the whole file.
     """
+    _refuse_terminal(target)
     options = Options(model, start_seconds=_time(start), duration_seconds=_time(duration), force=force)
     with _one_line_errors():
         from codec.token_format import copy_events
@@ -262,6 +267,7 @@ def join(
 
     The result decodes to the same samples as the files alone.
     """
+    _refuse_terminal(target)
     with _one_line_errors():
         from codec.token_format import copy_events, join_events
 
@@ -276,11 +282,16 @@ def join(
                 copy_events(out, readers[0], join_events(files))
 
 
+def _refuse_terminal(target: str) -> None:
+    if target == STANDARD and sys.stdout is not None and sys.stdout.isatty():
+        raise typer.BadParameter("the result would go to a terminal; name a file")
+
+
 def _time(text: str | None) -> Fraction | None:
     """Seconds, "12.5", or hours and minutes before them, "1:02:03.5". Exact. Wrong usage where it is neither."""
     if text is None:
         return None
-    found = re.fullmatch(r"(?:(?:(\d+):)?([0-5]?\d):(?=[0-5]?\d(?:\.|$)))?(\d+(?:\.\d+)?)", text)
+    found = re.fullmatch(r"(?:(?:(\d{1,9}):)?([0-5]?\d):(?=[0-5]?\d(?:\.|$)))?(\d{1,12}(?:\.\d{1,12})?)", text)
     if found is None:
         raise typer.BadParameter(f"{text!r} is no time; write seconds (12.5) or h:mm:ss (1:02:03.5)")
     hours, minutes, seconds = found.groups()
@@ -291,8 +302,7 @@ def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: 
     """Do the jobs and report. One job's error is the command's; of many, the good ones are done first."""
     if json and jobs[0].target == STANDARD:
         raise typer.BadParameter("--json and the result would both go to standard output")
-    if jobs[0].target == STANDARD and sys.stdout is not None and sys.stdout.isatty():
-        raise typer.BadParameter("the result would go to a terminal; name a file")
+    _refuse_terminal(jobs[0].target)
     started = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     outcomes = run(
@@ -317,7 +327,7 @@ def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: 
                 }
             )
         )
-    elif len(jobs) > 1 or sys.stderr.isatty():
+    elif len(jobs) > 1 or (sys.stderr is not None and sys.stderr.isatty()):
         num_bytes = sum(outcome.num_bytes for outcome in done)
         skipped = sum(outcome.status == "skipped" for outcome in outcomes)
         typer.echo(

@@ -179,7 +179,7 @@ class EntropyTables:
         import constriction
 
         categorical = constriction.stream.model.Categorical
-        return [[categorical(c, perfect=False) for c in row.counts.astype(np.float64)] for row in self.rows]
+        return [[categorical(c, perfect=False) for c in row.counts.astype(np.float64, "C")] for row in self.rows]
 
     @functools.cached_property
     def _lookup(self) -> list[tuple[Any, ...]]:

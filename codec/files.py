@@ -43,7 +43,7 @@ class AtomicFile:
             self._target = Path(os.path.realpath(self._named))
             _check_replaceable(self._target)
             # Its own short name: the target's may be as long as names can be.
-            self.path = self._target.with_name(f".codec-{secrets.token_hex(8)}.partial")
+            self.path = self._target.with_name(f".codec-{os.getpid()}-{secrets.token_hex(8)}.partial")
             _partials.add((os.getpid(), self.path))  # before it is there, so that no interrupt finds it unknown
             try:
                 self.file = open(self.path, "xb")  # noqa: SIM115
@@ -87,6 +87,13 @@ def discard_all() -> None:
         if process == os.getpid():
             with contextlib.suppress(OSError):
                 _remove(path)
+
+
+def discard_of(process: int, folder: Path) -> None:
+    """Remove from a folder what a process left that was killed."""
+    for path in folder.glob(f".codec-{process}-*.partial"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _remove(path: Path) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAGIC = b"\x89CODEC\r\n"
+MAGIC = b"\x89CODEC"
 VERSION = 1
 ENTROPY_CODED = 1
 MAX_PAYLOAD_BYTES = 2**20
 _MAX_RATE_HZ = 1_000_000
-_MAX_CHANNELS = 2**16 - 1
+_MAX_CHANNELS = 1024  # more than audio files have; every channel costs a decoder memory
 _MAX_HOP_LENGTH = 2**31 - 1  # of contexts as well
 MAX_CODEBOOK_SIZE = 2**24
 MAX_LEB128_BYTES = 9
@@ -66,8 +66,6 @@ class Header:
             raise BitstreamError(f"codebook sizes must lie in 2..{MAX_CODEBOOK_SIZE}, got {self.codebook_sizes}")
         if min(self.num_frames_before, self.num_frames_after) < 0:
             raise BitstreamError("a context cannot be negative")
-        if 1 + packed_bytes(1, self) > MAX_PAYLOAD_BYTES:
-            raise BitstreamError(f"one frame takes {packed_bytes(1, self)} bytes, more than a block holds")
 
     @property
     def code_bits(self) -> tuple[int, ...]:
@@ -124,7 +122,7 @@ def pack_codes(codes: np.ndarray, header: Header) -> bytes:
 def unpack_codes(data: bytes, num_frames: int, header: Header) -> np.ndarray:
     """Undo `pack_codes`: int64 [channels, K, F]. BitstreamError where size, filling or codes are wrong."""
     rows = unpack_bits(data, num_frames * header.num_channels, header.code_bits)
-    codes = rows.reshape(-1, num_frames, header.num_channels).transpose(2, 0, 1)
+    codes = rows.reshape(len(header.codebook_sizes), num_frames, header.num_channels).transpose(2, 0, 1)
     check_codes(codes, header)
     return codes
 

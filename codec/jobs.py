@@ -112,7 +112,8 @@ def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
         stretch = options.stretch(header.rate_hz)
         _make_folders(job)
         if options.resume and _is_decoded(job, reader, stretch, options):
-            return _outcome(job, "skipped", 0, header.rate_hz, header.num_channels)
+            warning = truncated(job.source, reader.num_samples / header.rate_hz) if reader.is_truncated else None
+            return _outcome(job, "skipped", 0, header.rate_hz, header.num_channels, warning)
         codec = load_model(_bundled_name(header) if options.model is None else options.model, options)
         check_fits(codec, header)
         with open_target(job.target) as out:
@@ -158,17 +159,19 @@ def _is_encoded(
 
 def _is_decoded(job: Job, reader: Reader, stretch: Stretch | None, options: Options) -> bool:
     """Whether the target is whole audio of the length, rate and channels that decoding would give."""
-    from codec.audio import AudioError, AudioReader
+    from codec.audio import AudioError, AudioReader, RawFormat
 
-    if job.target == STANDARD or options.force or not os.path.isfile(job.target) or not reader.is_seekable:
+    if job.target == STANDARD or options.force or not os.path.isfile(job.target):
         return False
-    wanted = (stretch or Stretch()).within(reader.num_samples).num_samples
+    rate_hz, num_channels = reader.header.rate_hz, reader.header.num_channels
     try:
-        with AudioReader(job.target) as audio:
+        with AudioReader(job.target, raw=RawFormat(rate_hz, num_channels) if options.is_raw else None) as audio:
             found = (audio.num_samples, audio.rate_hz, audio.num_channels)
     except AudioError as error:
         raise UserError(f"{job.target} exists already and is no audio; --force replaces it") from error
-    return found == (wanted, reader.header.rate_hz, reader.header.num_channels)
+    if not reader.is_seekable:  # its length is not known
+        return False
+    return found == ((stretch or Stretch()).within(reader.num_samples).num_samples, rate_hz, num_channels)
 
 
 def check_target(job: Job, options: Options) -> None:
@@ -280,7 +283,10 @@ def load_model(model: str | None, options: Options) -> StreamableCodec:
     """A bundled model by its name, the default one, or that of a folder; once per process."""
     from codec.token_format import DEFAULT_MODEL
 
-    return _loaded(model or DEFAULT_MODEL, options.device, options.threads)
+    try:
+        return _loaded(DEFAULT_MODEL if model is None else model, options.device, options.threads)
+    except (AssertionError, RuntimeError) as error:  # PyTorch's, for a device that is not there
+        raise UserError(f"device {options.device!r} cannot be used: {error}") from error
 
 
 def _bundled_name(header: Header) -> str:

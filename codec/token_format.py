@@ -207,7 +207,8 @@ def copy_events(target: str | os.PathLike[str] | BinaryIO, like: Reader, events:
     start = next(events, None)
     if not isinstance(start, SegmentStart):
         raise BitstreamError("there is nothing to write")
-    with Writer(target, like.header, tables=like.tables, start=start) as writer:
+    tables = None if like.header.entropy_id is None else like.tables
+    with Writer(target, like.header, tables=tables, start=start) as writer:
         writer.write_events(events)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from codec.audio import AudioReader, AudioWriter, Resampler, fit_length
 from codec.bitstream import FRAMES_PER_BLOCK, BitstreamError, Event, Header, Reader, SegmentEnd, SegmentStart, Writer
 from codec.models.interface import FRAMES_PER_STEP, StreamableCodec
-from codec.stretch import Stretch
+from codec.stretch import Stretch, StretchError
 
 # Called with the number of samples, at the original rate, done since the last call, and of all where that is known.
 Progress = Callable[[int, int | None], None]
@@ -88,19 +88,22 @@ def encode_blocks(
 
 def stretch_of(audio: AudioReader, stretch: Stretch | None, codec: StreamableCodec) -> Iterator[np.ndarray]:
     """The stretch of a recording, in pieces of about one step; smaller ones where audio is still coming in."""
-    frames = FRAMES_PER_STEP if audio.num_samples is not None else 16
+    frames = 16 if audio.is_live else FRAMES_PER_STEP
     block_samples = max(1, frames * codec.hop_length * audio.rate_hz // codec.sample_rate_hz // audio.num_channels)
     if stretch is None:
         yield from audio.blocks(block_samples)
         return
     audio.seek(stretch.first_sample)
     left = stretch.num_samples
+    num_given = 0
     for block in audio.blocks(block_samples):
-        yield block if left is None else block[:, :left]
-        if left is not None:
-            left -= block.shape[1]
-            if left <= 0:
-                return
+        part = block if left is None else block[:, : left - num_given]
+        num_given += part.shape[1]
+        yield part
+        if num_given == left:
+            break
+    if num_given == 0:
+        raise StretchError("there is nothing of the stretch asked for")
 
 
 class _Encoder:
