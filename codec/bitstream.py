@@ -646,17 +646,18 @@ class Reader:
 
     def _read_block(self, offset: int) -> tuple[int, bytes, int]:
         """The type and payload of the block at an offset, and the offset after it."""
+        before = self._checksum
         if self._checksum_at == offset:
             self._seek(offset)
         else:
             self._seek(offset - 4)
-            (self._checksum,) = struct.unpack("<I", self._exactly(4, "a checksum"))
+            (before,) = struct.unpack("<I", self._exactly(4, "a checksum"))
         key, head = self._read_leb128("a block")
         size, kind = divmod(key, 8)
         if size > MAX_PAYLOAD_BYTES:
             raise BitstreamError(f"a block claims {size} bytes, more than the {MAX_PAYLOAD_BYTES} allowed")
         payload = self._exactly(size, "a block")
-        self._check(zlib.crc32(head + payload, self._checksum), "a block")
+        self._check(zlib.crc32(head + payload, before), "a block")
         return kind, payload, self._position
 
     def _check(self, checksum: int, what: str) -> None:

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +37,9 @@ from commands import (
     wait_until,
     write_wav,
 )
+from containers import block, chained, end_block, leb128, sealed
 
 from codec.bitstream import Header, Reader, Writer
-from codec.header import leb128
 from codec.pretrained import load
 from codec.testing import speech_like
 from codec.token_format import TokenFormat
@@ -371,21 +370,13 @@ def test_a_container_without_samples(model: Path, folder: Path) -> None:
     assert "holds no audio" in refusal("cut", "nothing.codec", "out.codec")
 
 
-def with_checksum(data: bytes) -> bytes:
-    return data + struct.pack("<I", zlib.crc32(data))
-
-
-def block(kind: int, payload: bytes) -> bytes:
-    return with_checksum(leb128(8 * len(payload) + kind) + payload)
-
-
 def test_future_versions(container: Path, model: Path) -> None:
     header = bytearray(load(model).token_format.header(num_channels=2).to_bytes()[:-4])  # type: ignore[union-attr]
     rest = container.read_bytes()[len(header) + 4 :]
     for at, value in ((6, 2), (6, 0), (7, 2), (7, 0x80)):
         changed = bytearray(header)
         changed[at] = value
-        Path("future.codec").write_bytes(with_checksum(bytes(changed)) + rest)
+        Path("future.codec").write_bytes(sealed(bytes(changed)) + rest)
         assert "needs a newer version" in refusal("decode", "future.codec", "out.wav", "-m", model)
         assert "needs a newer version" in refusal("info", "future.codec")
 
@@ -396,24 +387,23 @@ def test_claims_of_terabytes(container: Path, model: Path) -> None:
     start_ = header.to_bytes()
     many = replace(header, num_channels=1024).to_bytes()
     frames = block(1, leb128(1) + bytes(2))
-    end = lambda *numbers: block(0, leb128(*numbers) + bytes([len(leb128(*numbers)) + 1]))  # noqa: E731
     riff = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**31 - 2**14, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16,
                        b"data", 2**31 - 2**14 - 36)  # fmt: skip
     tracemalloc.start()
     try:
         for data in (
-            start_ + leb128(8 * 2**40 + 1) + bytes(100),
-            start_ + leb128(8 * 2**20 + 1) + bytes(100),
-            start_ + block(1, leb128(2**40) + bytes(2)),
-            start_ + block(2, leb128(2**40) + bytes(2)),
-            start_ + block(3, leb128(2**40, 2**20) + bytes(2)),
-            start_ + frames + end(2**50, 1, 0),
-            start_ + frames + end(64, 2**50, 0),
-            start_ + frames + end(64, 1, 2**50),
-            start_ + block(4, leb128(0, 2**50)) + frames + end(1, 1, 0),
-            many + block(1, leb128(2**16) + bytes(2)),
+            (start_, leb128(8 * 2**40 + 1) + bytes(100)),
+            (start_, leb128(8 * 2**20 + 9) + bytes(100)),
+            (start_, block(1, leb128(2**40) + bytes(2))),
+            (start_, block(2, leb128(2**40) + bytes(2))),
+            (start_, block(3, leb128(2**40, 2**20) + bytes(2))),
+            (start_, frames, end_block(2**50, 1)),
+            (start_, frames, end_block(64, 2**50)),
+            (start_, frames, end_block(64, 1, 2**50)),
+            (start_, block(4, leb128(0, 2**50)), frames, end_block(1, 1)),
+            (many, block(1, leb128(2**16) + bytes(2))),
         ):
-            Path("claims.codec").write_bytes(data)
+            Path("claims.codec").write_bytes(chained(*data))
             for command in (["info", "claims.codec"], ["decode", "claims.codec", "out.wav", "-m", model]):
                 assert "claims.codec: " in refusal(*command)
         for channels, rate_hz, num_bytes in ((1, 16000, 2**31 - 2**14 - 36), (65535, 2**31, 100)):
@@ -651,7 +641,7 @@ def test_memory_in_a_pipe_does_not_grow_either(folder: Path, fast_model: Path) -
 def test_headers_of_tests_are_headers(model: Path) -> None:
     """What the tests above forge is what the format says, but for the lie."""
     header = TokenFormat.load(model).header()
-    stream = io.BytesIO(header.to_bytes() + block(1, leb128(1) + bytes(2)) + block(0, leb128(64, 1, 0) + bytes([4])))
+    stream = io.BytesIO(chained(header.to_bytes(), block(1, leb128(1) + bytes(2)), end_block(64, 1)))
     reader = Reader(stream)
     assert isinstance(reader.header, Header)
     assert (reader.num_samples, reader.read().tolist()) == (64, [[[0], [0], [0]]])

@@ -30,13 +30,14 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"codec", next(n for n in names if "dist-info" in n).split("/")[0]}
-    assert "codec/bundled/speech_16k/model.safetensors" in names
+    for name in ("config.json", "model.safetensors", "tokens.safetensors"):
+        assert f"codec/bundled/speech_16k/{name}" in names
 
     site = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
     out = _run(sys.executable, "-c", "import codec; print(codec.__file__)", cwd=tmp_path, PYTHONPATH=str(site))
     assert Path(out.strip()).is_relative_to(site)
-    command = [sys.executable, "-c", "from codec.cli import main; main()"]
+    command = [sys.executable, "-m", "codec"]
     speech = ROOT / "tests" / "data" / "speech.flac"
     _run(*command, "encode", speech, "speech.codec", cwd=tmp_path, PYTHONPATH=str(site))
     _run(*command, "decode", "speech.codec", "speech.wav", cwd=tmp_path, PYTHONPATH=str(site))
