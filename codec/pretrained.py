@@ -20,6 +20,7 @@ from torch import Tensor
 
 from codec import config as codec_config
 from codec.models import multirate as _multirate  # noqa: F401  (registers its configurations)
+from codec.models import seanet as _seanet  # noqa: F401  (likewise)
 from codec.models.interface import StreamableCodec
 from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available
 

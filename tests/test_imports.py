@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantizers": {"config", "kernels", "layers"},
     "models": {"config", "layers", "quantizers", "token_format", "tokens"},
     "streaming": {"models", "tokens"},
+    "importers": {"config", "models", "quantizers"},
     "pretrained": {"config", "models", "token_format"},
     "transcode": {"audio", "bitstream", "models", "stretch"},
     "batch": {"files"},

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, each as one of our codecs: a file per project."""
