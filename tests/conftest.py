@@ -1,5 +1,6 @@
 import contextlib
 import resource
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,12 @@ settings.load_profile("default")
 
 # Tiny models gain nothing from a second thread; the tests for which threads matter ask for `num_threads`.
 torch.set_num_threads(1)
+
+
+# Whoever runs the tests by nohup or in the background ignores signals, and so would the commands that tests start.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
