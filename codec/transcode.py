@@ -70,7 +70,7 @@ def encode_blocks(
 ) -> int:
     """Encode audio float32 [C, n] in pieces into a container and return its number of samples."""
     if not codec.is_streamable:
-        raise ValueError(f"{codec.name} is not causal, so files cannot be encoded in pieces; in Python it takes whole ones")
+        raise ValueError(f"{codec.name} is not causal and cannot work in pieces; in Python it takes whole recordings")
     token_format = codec.token_format
     if token_format is None:
         raise ValueError("this codec has no id to put into a file; save it and load it")
