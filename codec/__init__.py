@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codec.bitstream import BitstreamError, Header, Reader, TruncatedError, Writer
-    from codec.models.interface import AudioCodec, StreamableCodec
+    from codec.models.interface import AudioCodec, Codec, StreamableCodec
     from codec.pretrained import load, save
     from codec.streaming import StreamingDecoder, StreamingEncoder
     from codec.token_format import TokenFormat, available, cut, join, open, write
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AudioCodec",
     "BitstreamError",
+    "Codec",
     "Header",
     "Reader",
     "StreamableCodec",
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AudioCodec": "codec.models.interface",
     "BitstreamError": "codec.bitstream",
+    "Codec": "codec.models.interface",
     "Header": "codec.bitstream",
     "Reader": "codec.bitstream",
     "StreamableCodec": "codec.models.interface",

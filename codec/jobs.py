@@ -19,7 +19,7 @@ from codec.stretch import Stretch, StretchError
 if TYPE_CHECKING:
     from codec.audio import AudioReader, RawFormat
     from codec.bitstream import Event, Header, Reader
-    from codec.models.interface import StreamableCodec
+    from codec.models.interface import Codec
 
 
 class UserError(Exception):
@@ -129,9 +129,7 @@ def _outcome(
     return Outcome(job.source, job.target, status, num_samples, rate_hz, num_channels, num_bytes, warning=warning)
 
 
-def _is_encoded(
-    job: Job, codec: StreamableCodec, audio: AudioReader, stretch: Stretch | None, options: Options
-) -> bool:
+def _is_encoded(job: Job, codec: Codec, audio: AudioReader, stretch: Stretch | None, options: Options) -> bool:
     """Whether the target is a whole container of just this recording, by this model, at this rate."""
     from codec.bitstream import BitstreamError, Reader
     from codec.header import MAGIC
@@ -270,7 +268,7 @@ def find_containers(folder: Path) -> list[Path]:
 
 
 @functools.cache
-def _loaded(model: str, device: str, threads: int) -> StreamableCodec:
+def _loaded(model: str, device: str, threads: int) -> Codec:
     import torch
 
     from codec.pretrained import load
@@ -279,7 +277,7 @@ def _loaded(model: str, device: str, threads: int) -> StreamableCodec:
     return load(model, device=device)
 
 
-def load_model(model: str | None, options: Options) -> StreamableCodec:
+def load_model(model: str | None, options: Options) -> Codec:
     """A bundled model by its name, the default one, or that of a folder; once per process."""
     from codec.token_format import DEFAULT_MODEL
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from codec import config as codec_config
 from codec.models import multirate as _multirate  # noqa: F401  (registers its configurations)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
-from codec.models.interface import StreamableCodec
+from codec.models.interface import Codec
 from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available
 
 _STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.device = "cpu") -> StreamableCodec:
+def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.device = "cpu") -> Codec:
     """A codec, ready for use: float32, in evaluation mode, without gradients.
 
     `source` is the name of a bundled model or a folder that `save` wrote. ValueError where it is neither, or where the
@@ -44,7 +44,7 @@ def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    codec: StreamableCodec = codec_config.build(codec_config.from_dict(data, str(folder / "config.json")))
+    codec: Codec = codec_config.build(codec_config.from_dict(data, str(folder / "config.json")))
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} holds no model.safetensors")
@@ -67,7 +67,7 @@ def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.
     return codec.to(device).eval().requires_grad_(False)
 
 
-def save(codec: StreamableCodec, folder: str | os.PathLike[str], *, name: str, dtype: str = "float16") -> str:
+def save(codec: Codec, folder: str | os.PathLike[str], *, name: str, dtype: str = "float16") -> str:
     """Write a codec into a folder and return the codec id.
 
     `name` is what files made with the model will call it, such as "speech_16k@1"; the part before "@" is the folder
@@ -94,7 +94,7 @@ def save(codec: StreamableCodec, folder: str | os.PathLike[str], *, name: str, d
     return codec_id
 
 
-def _token_format(codec: StreamableCodec, codec_id: str, name: str) -> TokenFormat:
+def _token_format(codec: Codec, codec_id: str, name: str) -> TokenFormat:
     return TokenFormat(
         codec_id=codec_id,
         model=name,

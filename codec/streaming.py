@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from codec.models.interface import FRAMES_PER_STEP, StreamableCodec
+from codec.models.interface import FRAMES_PER_STEP, Codec, streamable
 
 
 class StreamingEncoder:
@@ -22,14 +22,12 @@ class StreamingEncoder:
     ([0, 0, 1], 0)
     """
 
-    def __init__(self, codec: StreamableCodec, *, num_quantizers: int | None = None) -> None:
-        if not codec.is_streamable:
-            raise ValueError(f"{type(codec).__name__} is not causal and cannot stream")
+    def __init__(self, codec: Codec, *, num_quantizers: int | None = None) -> None:
+        self._codec = streamable(codec)
         valid = codec.valid_num_quantizers
         self.num_quantizers = valid[-1] if num_quantizers is None else num_quantizers
         if self.num_quantizers not in valid:
             raise ValueError(f"num_quantizers={num_quantizers} is not one of {valid}")
-        self._codec = codec
         self.reset()
 
     @torch.inference_mode()
@@ -106,10 +104,8 @@ class StreamingDecoder:
     True
     """
 
-    def __init__(self, codec: StreamableCodec, *, global_codes: Tensor | None = None) -> None:
-        if not codec.is_streamable:
-            raise ValueError(f"{type(codec).__name__} is not causal and cannot stream")
-        self._codec = codec
+    def __init__(self, codec: Codec, *, global_codes: Tensor | None = None) -> None:
+        self._codec = streamable(codec)
         self._global_codes = global_codes
         self.reset()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codec.audio import AudioReader, AudioWriter, Resampler, fit_length
 from codec.bitstream import FRAMES_PER_BLOCK, BitstreamError, Event, Header, Reader, SegmentEnd, SegmentStart, Writer
-from codec.models.interface import FRAMES_PER_STEP, StreamableCodec
+from codec.models.interface import FRAMES_PER_STEP, Codec, StreamableCodec, streamable
 from codec.stretch import Stretch, StretchError
 
 # Called with the number of samples, at the original rate, done since the last call, and of all where that is known.
@@ -24,7 +24,7 @@ Progress = Callable[[int, int | None], None]
 
 
 def encode_audio(
-    codec: StreamableCodec,
+    codec: Codec,
     audio: AudioReader,
     target: str | os.PathLike[str] | BinaryIO,
     *,
@@ -59,7 +59,7 @@ def encode_audio(
 
 
 def encode_blocks(
-    codec: StreamableCodec,
+    codec: Codec,
     blocks: Iterable[np.ndarray],
     target: str | os.PathLike[str] | BinaryIO,
     *,
@@ -69,14 +69,12 @@ def encode_blocks(
     frames_per_block: int = FRAMES_PER_BLOCK,
 ) -> int:
     """Encode audio float32 [C, n] in pieces into a container and return its number of samples."""
-    if not codec.is_streamable:
-        raise ValueError(f"{codec.name} is not causal and cannot work in pieces; in Python it takes whole recordings")
     token_format = codec.token_format
     if token_format is None:
         raise ValueError("this codec has no id to put into a file; save it and load it")
     header = token_format.header(rate_hz=rate_hz, num_channels=num_channels, num_quantizers=num_quantizers)
     resampler = Resampler(rate_hz, codec.sample_rate_hz, num_channels)
-    encoder = _Encoder(codec, num_channels, len(header.codebook_sizes))
+    encoder = _Encoder(streamable(codec), num_channels, len(header.codebook_sizes))
     num_samples = 0
     with Writer(target, header, tables=token_format.tables, frames_per_block=frames_per_block) as writer:
         for block in blocks:
@@ -88,7 +86,7 @@ def encode_blocks(
     return num_samples
 
 
-def stretch_of(audio: AudioReader, stretch: Stretch | None, codec: StreamableCodec) -> Iterator[np.ndarray]:
+def stretch_of(audio: AudioReader, stretch: Stretch | None, codec: Codec) -> Iterator[np.ndarray]:
     """The stretch of a recording, in pieces of about one step; smaller ones where audio is still coming in."""
     frames = 16 if audio.is_live else FRAMES_PER_STEP
     block_samples = max(1, frames * codec.hop_length * audio.rate_hz // codec.sample_rate_hz // audio.num_channels)
@@ -143,7 +141,7 @@ class _Encoder:
         return result
 
 
-def check_fits(codec: StreamableCodec, header: Header) -> None:
+def check_fits(codec: Codec, header: Header) -> None:
     """BitstreamError unless the codec is the one that made the file."""
     if codec.codec_id != header.codec_id:
         raise BitstreamError(
@@ -158,7 +156,7 @@ def check_fits(codec: StreamableCodec, header: Header) -> None:
         raise BitstreamError(f"{codec.name} cannot decode {len(sizes)} rows of codes")
 
 
-def decode_events(codec: StreamableCodec, header: Header, events: Iterable[Event]) -> Iterator[np.ndarray]:
+def decode_events(codec: Codec, header: Header, events: Iterable[Event]) -> Iterator[np.ndarray]:
     """Audio float32 [C, n] at the original rate, in pieces, from what `Reader.events` gives."""
     check_fits(codec, header)
     decoder: _Decoder | None = None
@@ -166,7 +164,7 @@ def decode_events(codec: StreamableCodec, header: Header, events: Iterable[Event
         if isinstance(event, SegmentStart):
             if event.global_codes is not None:
                 raise BitstreamError(f"it holds global codes, which {codec.name} does not know")
-            decoder = _Decoder(codec, header, event)
+            decoder = _Decoder(streamable(codec), header, event)
         elif decoder is None:
             raise BitstreamError("its codes belong to no segment")
         elif isinstance(event, SegmentEnd):
@@ -231,7 +229,7 @@ class _Decoder:
 
 
 def decode_audio(
-    codec: StreamableCodec,
+    codec: Codec,
     container: Reader,
     target: str | os.PathLike[str] | BinaryIO,
     *,

@@ -13,8 +13,8 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from codec.models.multirate import MultirateCodec
-from codec.quantizers.interface import Quantized
-from codec.quantizers.residual import ResidualVQ, draw_num_quantizers
+from codec.quantizers.interface import Quantized, draw_num_quantizers
+from codec.quantizers.residual import ResidualVQ
 from recipes.losses import SpectralLoss, si_sdr_db
 from recipes.optimizers import MuonAdamW, gradient_norms, warmup_cosine
 

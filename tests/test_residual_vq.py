@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from codec.quantizers.interface import Quantized
-from codec.quantizers.residual import ResidualVQ, ResidualVQConfig, draw_num_quantizers
+from codec.quantizers.interface import Quantized, draw_num_quantizers
+from codec.quantizers.residual import ResidualVQ, ResidualVQConfig
 
 _EXACT = "donot_use_mm_for_euclid_dist"
 

@@ -24,7 +24,7 @@ import torch
 
 from codec.audio import find_audio, read_audio, resample
 from codec.evaluation import available_metrics, evaluate
-from codec.models.interface import StreamableCodec
+from codec.models.interface import StreamableCodec, streamable
 from codec.pretrained import load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
@@ -148,7 +148,7 @@ def main() -> None:
             rows = quality(args.model, args.folder, tuple(args.num_quantizers), args.num_workers)
             result: dict[str, Any] = {"quality": rows}
         else:
-            result = {"speed": speed(load(args.model), seconds=args.seconds, num_threads=args.threads)}
+            result = {"speed": speed(streamable(load(args.model)), seconds=args.seconds, num_threads=args.threads)}
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.json:

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from codec.config import from_dict
+from codec.importers.checkpoint import check_tensors, checked_tensors, fold_weight_norm, read_checkpoint, renamed
 from codec.models.seanet import SEANetCodec, SEANetConfig
 from codec.quantizers.residual import ResidualVQConfig
 
@@ -45,8 +44,6 @@ ENCODEC_48KHZ = SEANetConfig(
 
 # Of either layout, in this order.
 _RENAMINGS = (
-    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
-    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
     (r"^(encoder|decoder)\.model\.", r"\1.layers."),
     (r"\.(conv\.conv|convtr\.convtr|conv)\.(weight|bias|weight_g|weight_v)$", r".\2"),
     (r"\.(conv|convtr)\.norm\.", ".norm."),
@@ -79,44 +76,16 @@ def load_encodec(
         path = path / "model.safetensors"
         if not path.is_file():
             path = path.with_name("pytorch_model.bin")
-    tensors, spellings = _renamed(_read_tensors(path, allow_pickle=allow_pickle), path)
+    tensors = checked_tensors(read_checkpoint(path, allow_pickle=allow_pickle), path)
+    tensors, spellings = renamed(tensors, _RENAMINGS, path)
     if config is None:
         config = ENCODEC_48KHZ if any(".norm." in key for key in tensors) else ENCODEC_24KHZ
-    _fold_weight_norm(tensors, path)
+    fold_weight_norm(tensors, path)
     _stack_codebooks(tensors, config.quantizer, path)
     codec = SEANetCodec(config)
-    _check_tensors(tensors, codec.state_dict(), spellings, path)
+    check_tensors(tensors, codec.state_dict(), spellings, path)
     codec.load_state_dict(tensors)
     return codec.eval().requires_grad_(False)
-
-
-def _read_tensors(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is no file")
-    is_pickle = path.suffix != ".safetensors"
-    if is_pickle and not allow_pickle:
-        raise ValueError(f"{path} is not a .safetensors file; if you trust it, allow_pickle=True reads it")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
-    except Exception as error:  # both raise types of their own
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} is not a mapping of names to tensors")
-    return tensors
-
-
-def _renamed(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by our names, in float32, and how the checkpoint spells each name."""
-    renamed: dict[str, Tensor] = {}
-    spellings: dict[str, str] = {}
-    for key, value in tensors.items():
-        name = key
-        for pattern, replacement in _RENAMINGS:
-            name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise ValueError(f"{path}: {key} and {spellings[name]} are the same tensor")
-        renamed[name], spellings[name] = value.float(), key
-    return renamed, spellings
 
 
 def _stack_codebooks(tensors: dict[str, Tensor], config: ResidualVQConfig, path: Path) -> None:
@@ -139,38 +108,6 @@ def _stack_codebooks(tensors: dict[str, Tensor], config: ResidualVQConfig, path:
             f"{path}: codebooks are {shapes.pop()}, the config asks for {(config.codebook_size, config.latent_dim)}"
         )
     tensors["quantizer.codebooks"] = torch.stack(codebooks)
-
-
-def _fold_weight_norm(tensors: dict[str, Tensor], path: Path) -> None:
-    """Replace directions and lengths by the weights that they make. Lengths belong to the first dimension."""
-    for key in [key for key in tensors if key.endswith(("weight_g", "weight_v"))]:
-        name = key.removesuffix("_g").removesuffix("_v")
-        if name in tensors and f"{name}_v" not in tensors:
-            continue  # the other half has been here
-        if name in tensors:
-            raise ValueError(f"{path}: {name} is there with and without weight norm")
-        halves = [tensors.pop(f"{name}_{half}", None) for half in "gv"]
-        length, direction = (half.double() if half is not None else None for half in halves)
-        if length is None or direction is None:
-            raise ValueError(f"{path}: missing the {'length' if length is None else 'direction'} of {name}")
-        if length.numel() != direction.shape[0]:
-            raise ValueError(f"{path}: {name} has {length.numel()} lengths for {direction.shape[0]} directions")
-        norm = direction.flatten(1).norm(dim=1).view(-1, *[1] * (direction.dim() - 1))
-        tensors[name] = (length.view_as(norm) * (direction / norm)).float()
-
-
-def _check_tensors(
-    tensors: dict[str, Tensor], expected: dict[str, Tensor], spellings: dict[str, str], path: Path
-) -> None:
-    missing = sorted(expected.keys() - tensors.keys())
-    unknown = sorted(spellings.get(key, key) for key in tensors.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(f"{path} does not fit its config: missing {missing}, unknown {unknown}")
-    for key, value in tensors.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(f"{path}: {key} is {tuple(value.shape)}, the config asks for {tuple(expected[key].shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity")
 
 
 def _read_config(path: Path) -> SEANetConfig:

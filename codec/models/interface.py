@@ -1,4 +1,7 @@
-"""What every codec offers (`AudioCodec`), and the offline calls of codecs that stream (`StreamableCodec`).
+"""What every codec offers (`AudioCodec`), and its base classes.
+
+`Codec` holds what all share. `StreamableCodec` gives codecs made of steps their offline calls; `WholeCodec` gives them
+to codecs that look ahead, and so take whole recordings only.
 
 Letters: B batch, C channels, T samples, K rows of codes, F frames, hop samples per frame.
 """
@@ -6,6 +9,7 @@ Letters: B batch, C channels, T samples, K rows of codes, F frames, hop samples 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.layers.causal import State
+from codec.quantizers.interface import Quantizer
 from codec.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -54,26 +59,94 @@ class AudioCodec(Protocol):
         ...
 
 
-class StreamableCodec(nn.Module, ABC):
-    """Base of codecs that stream: pure, batched steps on whole frames, and offline calls made of those steps.
+class Codec(nn.Module, ABC):
+    """Base of all codecs: their attributes, what training needs of them, and checks of what comes in.
 
-    Because the offline calls are the steps, a stream gives the same bits as a file. All calls run without gradients.
+    `encode` and `decode` run without gradients. Training goes through `reconstruct`, whole signals at a time, or
+    through `analyze`, `quantizer` and `synthesize` one by one.
     """
 
     codec_id: str = ""  # empty until the model is saved and loaded
     name: str = ""  # "speech_16k@1"; likewise
     token_format: TokenFormat | None = None  # what files with its codes say; likewise
     config: Any
+    quantizer: Quantizer
     sample_rate_hz: int
     num_channels: int
     hop_length: int
     codebook_sizes: tuple[int, ...]
     valid_num_quantizers: tuple[int, ...]
-    is_streamable = True
+    is_streamable: bool
     encode_delay_samples: int
     decode_delay_samples: int
     decode_frames_before: int
     decode_frames_after: int
+
+    @abstractmethod
+    def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
+        """Audio float32 [B, C, T] -> Tokens; see `AudioCodec`. Raises ValueError for other shapes, NaN or infinity."""
+
+    @abstractmethod
+    def decode(self, tokens: Tokens) -> Tensor:
+        """Tokens -> audio float32 [B, C, T]; see `AudioCodec`. Raises ValueError for another codec's tokens."""
+
+    @abstractmethod
+    def analyze(self, audio: Tensor) -> Tensor:
+        """Whole signals [B, C, T] -> latents [B, D, ceil(T / hop)], as the quantizer takes them; differentiable."""
+
+    @abstractmethod
+    def synthesize(self, latents: Tensor, num_samples: int) -> Tensor:
+        """Latents [B, D, F] of whole signals -> audio [B, C, num_samples], aligned with what was analyzed."""
+
+    def reconstruct(self, audio: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """Audio [B, C, T] -> latents [B, D, F] -> what `quantize` makes of them -> audio [B, C, T]; differentiable."""
+        return self.synthesize(quantize(self.analyze(audio)), audio.shape[2])
+
+    def num_frames_for(self, num_samples: int) -> int:
+        """Frames that so many samples make."""
+        return -(-num_samples // self.hop_length)
+
+    def bitrate_bps(self, num_quantizers: int | None = None) -> float:
+        """Bits per second of the first `num_quantizers` rows of codes, packed."""
+        sizes = self.codebook_sizes[: num_quantizers or None]
+        return sum((size - 1).bit_length() for size in sizes) * self.sample_rate_hz / self.hop_length
+
+    def _frame_mask(self, num_samples: Tensor, num_frames: int) -> Tensor:
+        """True on the frames [B, 1, F] that a row really has."""
+        last = (num_samples + self.hop_length - 1) // self.hop_length
+        return torch.arange(num_frames, device=num_samples.device) < last.view(-1, 1, 1)
+
+    def _checked_audio(self, audio: Tensor, num_samples: Tensor | None) -> tuple[Tensor, Tensor]:
+        if audio.dim() != 3 or audio.shape[1] != self.num_channels or not audio.is_floating_point():
+            raise ValueError(f"audio must be float [B, {self.num_channels}, T], got {audio.dtype} {tuple(audio.shape)}")
+        if not torch.isfinite(audio).all():
+            raise ValueError("audio holds NaN or infinity")
+        batch_size, _, num_given = audio.shape
+        if num_samples is None:
+            num_samples = torch.full((batch_size,), num_given, dtype=torch.int64, device=audio.device)
+        if num_samples.shape != (batch_size,) or bool(((num_samples < 0) | (num_samples > num_given)).any()):
+            raise ValueError(f"num_samples must be [{batch_size}] values in 0..{num_given}, got {num_samples.tolist()}")
+        return audio.float(), num_samples.to(device=audio.device, dtype=torch.int64)
+
+    def _checked_tokens(self, tokens: Tokens) -> int:
+        """The number of samples of the longest row. ValueError where these tokens cannot be decoded."""
+        if tokens.codec_id != self.codec_id:
+            raise ValueError(
+                f"these tokens were made by codec {tokens.codec_id!r}, not by this one ({self.codec_id!r})"
+            )
+        longest = int(tokens.num_samples.max()) if len(tokens.num_samples) else 0
+        if self.num_frames_for(longest) > tokens.codes.shape[2]:
+            raise ValueError(f"{longest} samples need more than the {tokens.codes.shape[2]} frames that are there")
+        return longest
+
+
+class StreamableCodec(Codec):
+    """Base of codecs that stream: pure, batched steps on whole frames, and offline calls made of those steps.
+
+    Because the offline calls are the steps, a stream gives the same bits as a file. All calls run without gradients.
+    """
+
+    is_streamable = True
 
     @abstractmethod
     def encode_init(self, batch_size: int) -> State:
@@ -104,7 +177,6 @@ class StreamableCodec(nn.Module, ABC):
 
     @torch.inference_mode()
     def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
-        """Audio float32 [B, C, T] -> Tokens; see `AudioCodec`. Raises ValueError for other shapes, NaN or infinity."""
         audio, num_samples = self._checked_audio(audio, num_samples)
         batch_size, _, num_given = audio.shape
         audio = audio.masked_fill(torch.arange(num_given, device=audio.device) >= num_samples.view(-1, 1, 1), 0.0)
@@ -121,16 +193,8 @@ class StreamableCodec(nn.Module, ABC):
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Tensor:
-        """Tokens -> audio float32 [B, C, T]; see `AudioCodec`. Raises ValueError for another codec's tokens."""
-        if tokens.codec_id != self.codec_id:
-            raise ValueError(
-                f"these tokens were made by codec {tokens.codec_id!r}, not by this one ({self.codec_id!r})"
-            )
-        batch_size, _, num_frames = tokens.codes.shape
-        longest = int(tokens.num_samples.max()) if batch_size else 0
-        if -(-longest // self.hop_length) > num_frames:
-            raise ValueError(f"{longest} samples need more than the {num_frames} frames that are there")
-        num_frames = -(-longest // self.hop_length)
+        longest = self._checked_tokens(tokens)
+        batch_size, num_frames = len(tokens.codes), self.num_frames_for(longest)
         # Past its end a row gets absent codes, as in a flush, so that no neighbour's length can be heard.
         codes = tokens.codes[:, :, :num_frames]
         codes = codes.masked_fill(~self._frame_mask(tokens.num_samples, num_frames), -1)
@@ -144,27 +208,51 @@ class StreamableCodec(nn.Module, ABC):
         at = torch.arange(audio.shape[2], device=audio.device)
         return audio.masked_fill(at >= tokens.num_samples.view(-1, 1, 1), 0.0)
 
-    def bitrate_bps(self, num_quantizers: int | None = None) -> float:
-        """Bits per second of the first `num_quantizers` rows of codes, packed."""
-        sizes = self.codebook_sizes[: num_quantizers or None]
-        return sum((size - 1).bit_length() for size in sizes) * self.sample_rate_hz / self.hop_length
-
     def _offline_frames(self, batch_size: int) -> int:
         return max(1, FRAMES_PER_STEP // max(batch_size, 1))
 
-    def _frame_mask(self, num_samples: Tensor, num_frames: int) -> Tensor:
-        """True on the frames [B, 1, F] that a row really has."""
-        last = (num_samples + self.hop_length - 1) // self.hop_length
-        return torch.arange(num_frames, device=num_samples.device) < last.view(-1, 1, 1)
 
-    def _checked_audio(self, audio: Tensor, num_samples: Tensor | None) -> tuple[Tensor, Tensor]:
-        if audio.dim() != 3 or audio.shape[1] != self.num_channels or not audio.is_floating_point():
-            raise ValueError(f"audio must be float [B, {self.num_channels}, T], got {audio.dtype} {tuple(audio.shape)}")
-        if not torch.isfinite(audio).all():
-            raise ValueError("audio holds NaN or infinity")
-        batch_size, _, num_given = audio.shape
-        if num_samples is None:
-            num_samples = torch.full((batch_size,), num_given, dtype=torch.int64, device=audio.device)
-        if num_samples.shape != (batch_size,) or bool(((num_samples < 0) | (num_samples > num_given)).any()):
-            raise ValueError(f"num_samples must be [{batch_size}] values in 0..{num_given}, got {num_samples.tolist()}")
-        return audio.float(), num_samples.to(device=audio.device, dtype=torch.int64)
+def streamable(codec: Codec) -> StreamableCodec:
+    """The codec itself, where it streams; ValueError where it does not."""
+    if not (codec.is_streamable and isinstance(codec, StreamableCodec)):
+        raise ValueError(f"{codec.name or type(codec).__name__} is not causal and cannot stream")
+    return codec
+
+
+class WholeCodec(Codec):
+    """Base of codecs that are not causal: offline calls made of `analyze` and `synthesize`; they cannot stream.
+
+    Rows of different lengths are processed apart, so that nothing of one row, nor padding, is heard in another.
+    """
+
+    is_streamable = False
+    encode_delay_samples = decode_delay_samples = 0
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
+        num_rows = self.quantizer.check_num_quantizers(num_quantizers)
+        audio, num_samples = self._checked_audio(audio, num_samples)
+        codes = audio.new_zeros((len(audio), num_rows, self.num_frames_for(audio.shape[2])), dtype=torch.int64)
+        for length, rows in rows_by_length(num_samples):
+            latents = self.analyze(audio[rows, :, :length].to(self._dtype))
+            codes[rows, :, : latents.shape[2]] = self.quantizer.encode(latents, num_quantizers=num_rows)
+        return Tokens(codes, num_samples, self.codec_id)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tokens) -> Tensor:
+        longest = self._checked_tokens(tokens)
+        shape = (len(tokens.codes), self.num_channels, longest)
+        audio = torch.zeros(shape, dtype=self._dtype, device=tokens.codes.device)
+        for length, rows in rows_by_length(tokens.num_samples):
+            latents = self.quantizer.decode(tokens.codes[rows, :, : self.num_frames_for(length)])
+            audio[rows, :, :length] = self.synthesize(latents, length)
+        return audio
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def rows_by_length(num_samples: Tensor) -> list[tuple[int, Tensor]]:
+    """The lengths that there are, but 0, each with the rows that have it."""
+    return [(length, (num_samples == length).nonzero()[:, 0]) for length in sorted(set(num_samples.tolist())) if length]

@@ -131,6 +131,16 @@ class MultirateCodec(StreamableCodec):
 
     # Networks, shared by training and inference: [B, F * hop] <-> latents [B, D, F].
 
+    def analyze(self, audio: Tensor) -> Tensor:
+        """Besides the frames of the audio, those that the decoder's delay reaches into: latents [B, D, F + delay]."""
+        num_frames = self.num_frames_for(audio.shape[2]) + self.config.decode_delay_frames
+        padded = F.pad(audio[:, 0], (0, num_frames * self.hop_length - audio.shape[2]))
+        return self.encode_latents(padded, self.encoder.init_state(len(audio)))[0]
+
+    def synthesize(self, latents: Tensor, num_samples: int) -> Tensor:
+        audio = self.decode_latents(latents, self.decoder.init_state(len(latents)))[0]
+        return audio[:, None, self.decode_delay_samples :][:, :, :num_samples]
+
     def encode_latents(self, audio: Tensor, state: State) -> tuple[Tensor, State]:
         """Audio [B, F * hop] -> latents [B, D, F] of unit scale, before quantization."""
         patches = audio.unflatten(1, (audio.shape[1] // self.config.patch_samples, self.config.patch_samples))

@@ -19,6 +19,7 @@ Source: Zeghidour et al., "SoundStream" (2021), section III; Défossez et al., "
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -29,7 +30,7 @@ from codec.config import build, register
 from codec.layers.causal import State, leaves
 from codec.layers.conv import ELU, PAD_MODES, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
 from codec.layers.recurrent import LSTM
-from codec.models.interface import StreamableCodec
+from codec.models.interface import StreamableCodec, rows_by_length
 from codec.quantizers.interface import Quantizer
 from codec.quantizers.residual import ResidualVQConfig
 from codec.tokens import Tokens
@@ -119,8 +120,6 @@ class SEANetCodec(StreamableCodec):
     Where `is_streamable` is False, the streaming calls are ValueErrors. Where segments overlap, there are more frames
     than `num_samples / hop_length`: `num_frames_for` tells how many. A padded row's codes and scales end in zeros.
 
-    For training, `encoder` and `decoder` take whole signals: [B, C, T] <-> latents [B, D, F].
-
     >>> import torch
     >>> quantizer = ResidualVQConfig(latent_dim=8, num_stages=2, codebook_size=16)
     >>> config = SEANetConfig(sample_rate_hz=16000, quantizer=quantizer, ratios=(4, 2), num_filters=4)
@@ -203,7 +202,7 @@ class SEANetCodec(StreamableCodec):
         batch_size, _, num_given = audio.shape
         codes = audio.new_zeros((batch_size, num_rows, self.num_frames_for(num_given)), dtype=torch.int64)
         scales = audio.new_zeros(batch_size, len(self._segments(num_given)))
-        for length, rows in _rows_by_length(num_samples):
+        for length, rows in rows_by_length(num_samples):
             for i, (first, last, frames) in enumerate(self._segments(length)):
                 segment = audio[rows, :, first:last].to(self._dtype)
                 if self.config.normalize_loudness:
@@ -222,13 +221,27 @@ class SEANetCodec(StreamableCodec):
         audio = torch.zeros(
             len(tokens.codes), self.num_channels, longest, dtype=self._dtype, device=tokens.codes.device
         )
-        for length, rows in _rows_by_length(tokens.num_samples):
+        for length, rows in rows_by_length(tokens.num_samples):
             parts = []
             for i, (_, _, frames) in enumerate(self._segments(length)):
                 part = self._whole(self.decoder, self.quantizer.decode(tokens.codes[rows, :, frames]), 1)
                 parts.append(part if tokens.scales is None else part * tokens.scales[rows, i].view(-1, 1, 1))
             audio[rows, :, :length] = _overlap_add(parts, self.config.segment_stride_samples)[:, :, :length]
         return audio
+
+    # Training: one segment, however long.
+
+    def analyze(self, audio: Tensor) -> Tensor:
+        latents: Tensor = self.encoder(audio)
+        return latents
+
+    def synthesize(self, latents: Tensor, num_samples: int) -> Tensor:
+        audio: Tensor = self.decoder(latents)
+        return audio[:, :, :num_samples]
+
+    def reconstruct(self, audio: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        loudness = _loudness(audio) if self.config.normalize_loudness else audio.new_ones(())
+        return super().reconstruct(audio / loudness, quantize) * loudness
 
     def num_frames_for(self, num_samples: int) -> int:
         """Frames that so many samples make: `ceil(num_samples / hop_length)`, and more where segments overlap."""
@@ -264,16 +277,9 @@ class SEANetCodec(StreamableCodec):
             raise ValueError("this codec is not causal and cannot stream; encode and decode whole recordings")
 
     def _checked_tokens(self, tokens: Tokens) -> int:
-        """The number of samples of the longest row. ValueError where these tokens cannot be decoded."""
-        if tokens.codec_id != self.codec_id:
-            raise ValueError(
-                f"these tokens were made by codec {tokens.codec_id!r}, not by this one ({self.codec_id!r})"
-            )
+        longest = super()._checked_tokens(tokens)
         if tokens.global_codes is not None:
             raise ValueError("this codec has no global codes")
-        longest = int(tokens.num_samples.max()) if len(tokens.num_samples) else 0
-        if self.num_frames_for(longest) > tokens.codes.shape[2]:
-            raise ValueError(f"{longest} samples need more than the {tokens.codes.shape[2]} frames that are there")
         if self.config.normalize_loudness != (tokens.scales is not None):
             raise ValueError(f"this codec's tokens have {'' if self.config.normalize_loudness else 'no '}scales")
         if tokens.scales is not None and tokens.scales.shape[1] < len(self._segments(longest)):
@@ -362,11 +368,6 @@ def _conv(
         pad_mode=config.pad_mode,
         group_norm=config.norm == "group",
     )
-
-
-def _rows_by_length(num_samples: Tensor) -> list[tuple[int, Tensor]]:
-    """The lengths that there are, but 0, each with the rows that have it."""
-    return [(length, (num_samples == length).nonzero()[:, 0]) for length in sorted(set(num_samples.tolist())) if length]
 
 
 def _loudness(audio: Tensor) -> Tensor:

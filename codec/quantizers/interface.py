@@ -57,6 +57,26 @@ class Quantizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, K', F] of any valid prefix -> latents [B, D, F]; -1 marks an absent stage."""
 
+    @property
+    def num_frames_to_initialize(self) -> int:
+        """How many frames of latents `initialize` should be given; 0 where learning starts from random values."""
+        return 0
+
+    def initialize(self, latents: Tensor, *, seed: int = 0) -> None:
+        """Set codebooks from representative latents [B, D, F] before training; ValueError for too few frames.
+
+        Nothing where learning starts from random values.
+        """
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training keeps beside the state dict, such as moving averages, for a checkpoint that it resumes from."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `training_state` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no training state, got {sorted(state)}")
+
     def check_num_quantizers(self, num_quantizers: int | None) -> int:
         """The number of code rows that is meant; ValueError where it is no valid prefix."""
         if num_quantizers is None:
@@ -64,3 +84,24 @@ class Quantizer(nn.Module, ABC):
         if num_quantizers not in self.valid_num_quantizers:
             raise ValueError(f"num_quantizers={num_quantizers} is not one of {self.valid_num_quantizers}")
         return num_quantizers
+
+
+def draw_num_quantizers(
+    valid_num_quantizers: tuple[int, ...], batch_size: int, *, full_fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Quantizer dropout: per item a prefix length [B], all stages with probability `full_fraction`, else uniform."""
+    valid = torch.tensor(valid_num_quantizers)
+    drawn = valid[torch.randint(len(valid), (batch_size,), generator=generator)]
+    full = torch.rand(batch_size, generator=generator) < full_fraction
+    return torch.where(full, valid[-1], drawn)
+
+
+def usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
+    """The `stats` of a `Quantized` from codes [N, K]; -1 marks an absent stage."""
+    perplexity, dead_fraction = [], []
+    for codes_N in codes_NK.unbind(1):
+        counts_C = torch.bincount(codes_N[codes_N >= 0], minlength=codebook_size).float()
+        share_C = counts_C / counts_C.sum().clamp_min(1.0)
+        perplexity.append(torch.exp(-(share_C * share_C.clamp_min(1e-12).log()).sum()))
+        dead_fraction.append((counts_C == 0).float().mean())
+    return {"perplexity": torch.stack(perplexity), "dead_fraction": torch.stack(dead_fraction)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from codec.config import register
 from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
-from codec.quantizers.interface import Quantized, Quantizer
+from codec.quantizers.interface import Quantized, Quantizer, usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class ResidualVQ(Quantizer):
             latents=rows_ND.view(batch_size, num_frames, num_dims).transpose(1, 2),
             codes=codes_NK.view(batch_size, num_frames, num_codebooks).transpose(1, 2),
             losses={"commitment": commitment},
-            stats=_usage(codes_NK, self.config.codebook_size),
+            stats=usage(codes_NK, self.config.codebook_size),
             inputs=latents.detach().float(),
         )
 
@@ -178,12 +178,13 @@ class ResidualVQ(Quantizer):
         mean_C.copy_(torch.where(dead_C, uniform, mean_C))
         self.codebooks[row] = total_Cd / mean_C.clamp_min(1e-5)[:, None]
 
+    @property
+    def num_frames_to_initialize(self) -> int:
+        return 16 * self.config.codebook_size
+
     @torch.no_grad()
     def initialize(self, latents: Tensor, *, num_iterations: int = 10, seed: int = 0) -> None:
-        """Set the codebooks by k-means, stage after stage, on representative latents [B, D, F].
-
-        Needs at least as many frames as codebook entries (ValueError), and serves best with ten times as many.
-        """
+        """Set the codebooks by k-means, stage after stage."""
         rows_ND = latents.detach().float().transpose(1, 2).reshape(-1, self.config.latent_dim)
         if rows_ND.shape[0] < self.config.codebook_size:
             raise ValueError(f"{rows_ND.shape[0]} frames are too few to initialise {self.config.codebook_size} entries")
@@ -205,12 +206,10 @@ class ResidualVQ(Quantizer):
             residual_NGd[:, row % groups] -= entries_Cd[codes_N]
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, for a checkpoint that training resumes from."""
         mean_KC, total_KCd = self._averages()
         return {"counts": mean_KC, "sums": total_KCd, "num_updates": torch.tensor(self._num_updates)}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `training_state` returned."""
         self._averages_KC_KCd = (state["counts"].to(self.codebooks), state["sums"].to(self.codebooks))
         self._num_updates = int(state["num_updates"])
 
@@ -221,26 +220,6 @@ class ResidualVQ(Quantizer):
         mean_KC, total_KCd = (average.to(self.codebooks.device) for average in self._averages_KC_KCd)
         self._averages_KC_KCd = (mean_KC, total_KCd)
         return self._averages_KC_KCd
-
-
-def draw_num_quantizers(
-    valid_num_quantizers: tuple[int, ...], batch_size: int, *, full_fraction: float, generator: torch.Generator
-) -> Tensor:
-    """Quantizer dropout: per item a prefix length [B], all stages with probability `full_fraction`, else uniform."""
-    valid = torch.tensor(valid_num_quantizers)
-    drawn = valid[torch.randint(len(valid), (batch_size,), generator=generator)]
-    full = torch.rand(batch_size, generator=generator) < full_fraction
-    return torch.where(full, valid[-1], drawn)
-
-
-def _usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    perplexity, dead_fraction = [], []
-    for codes_N in codes_NK.unbind(1):
-        counts_C = torch.bincount(codes_N[codes_N >= 0], minlength=codebook_size).float()
-        share_C = counts_C / counts_C.sum().clamp_min(1.0)
-        perplexity.append(torch.exp(-(share_C * share_C.clamp_min(1e-12).log()).sum()))
-        dead_fraction.append((counts_C == 0).float().mean())
-    return {"perplexity": torch.stack(perplexity), "dead_fraction": torch.stack(dead_fraction)}
 
 
 def _k_means(
