@@ -18,6 +18,7 @@ from codec.audio import AudioReader, AudioWriter, Resampler, fit_length
 from codec.bitstream import FRAMES_PER_BLOCK, BitstreamError, Event, Header, Reader, SegmentEnd, SegmentStart, Writer
 from codec.models.interface import FRAMES_PER_STEP, Codec, StreamableCodec, streamable
 from codec.stretch import Stretch, StretchError
+from codec.windows import WindowedDecoder, WindowedEncoder
 
 # Called with the number of samples, at the original rate, done since the last call, and of all where that is known.
 Progress = Callable[[int, int | None], None]
@@ -69,12 +70,13 @@ def encode_blocks(
     frames_per_block: int = FRAMES_PER_BLOCK,
 ) -> int:
     """Encode audio float32 [C, n] in pieces into a container and return its number of samples."""
+    _check_can_be_filed(codec)
     token_format = codec.token_format
     if token_format is None:
         raise ValueError("this codec has no id to put into a file; save it and load it")
     header = token_format.header(rate_hz=rate_hz, num_channels=num_channels, num_quantizers=num_quantizers)
     resampler = Resampler(rate_hz, codec.sample_rate_hz, num_channels)
-    encoder = _Encoder(streamable(codec), num_channels, len(header.codebook_sizes))
+    encoder = _encoder(codec, num_channels, len(header.codebook_sizes))
     num_samples = 0
     with Writer(target, header, tables=token_format.tables, frames_per_block=frames_per_block) as writer:
         for block in blocks:
@@ -106,7 +108,36 @@ def stretch_of(audio: AudioReader, stretch: Stretch | None, codec: Codec) -> Ite
         raise StretchError("there is nothing of the stretch asked for")
 
 
-class _Encoder:
+def _check_can_be_filed(codec: Codec) -> None:
+    """ValueError for codecs whose tokens are more than the rows of codes that a container holds for each channel."""
+    if codec.num_channels != 1 or codec.num_frames_for(10**9) != -(-(10**9) // codec.hop_length):
+        raise ValueError(
+            f"{codec.name} codes several channels at once, or overlapping segments, and .codec files hold neither"
+        )
+
+
+def _encoder(codec: Codec, num_channels: int, num_quantizers: int) -> _StepEncoder | _WindowEncoder:
+    if codec.is_streamable:
+        return _StepEncoder(streamable(codec), num_channels, num_quantizers)
+    return _WindowEncoder(codec, num_channels, num_quantizers)
+
+
+class _WindowEncoder:
+    """As `_StepEncoder`, of a codec that looks ahead."""
+
+    def __init__(self, codec: Codec, num_channels: int, num_quantizers: int) -> None:
+        self._windows = WindowedEncoder(codec, num_channels, num_quantizers=num_quantizers)
+
+    def push(self, audio: np.ndarray) -> np.ndarray:
+        codes: np.ndarray = self._windows.push(torch.from_numpy(audio.copy())[:, None]).cpu().numpy()
+        return codes
+
+    def flush(self) -> np.ndarray:
+        codes: np.ndarray = self._windows.flush().cpu().numpy()
+        return codes
+
+
+class _StepEncoder:
     """Audio [C, n] at the codec's rate in pieces of any size -> codes [C, K, F], each channel a row of the batch."""
 
     def __init__(self, codec: StreamableCodec, num_channels: int, num_quantizers: int) -> None:
@@ -164,7 +195,7 @@ def decode_events(codec: Codec, header: Header, events: Iterable[Event]) -> Iter
         if isinstance(event, SegmentStart):
             if event.global_codes is not None:
                 raise BitstreamError(f"it holds global codes, which {codec.name} does not know")
-            decoder = _Decoder(streamable(codec), header, event)
+            decoder = _Decoder(codec, header, event)
         elif decoder is None:
             raise BitstreamError("its codes belong to no segment")
         elif isinstance(event, SegmentEnd):
@@ -173,16 +204,31 @@ def decode_events(codec: Codec, header: Header, events: Iterable[Event]) -> Iter
             yield decoder.push(event)
 
 
+class _Steps:
+    """Codes [B, K, F] -> audio [B, C, n], late by the decoder's delay, of a codec that streams."""
+
+    def __init__(self, codec: StreamableCodec, batch_size: int) -> None:
+        self._codec = codec
+        self._state = codec.decode_init(batch_size)
+
+    def push(self, codes: Tensor) -> Tensor:
+        audio, self._state = self._codec.decode_step(codes, self._state)
+        return audio
+
+    def flush(self) -> Tensor:
+        return self._codec.decode_flush(self._state)
+
+
 class _Decoder:
     """Codes [C, K, F] of one segment -> audio [C, n] at the original rate."""
 
-    def __init__(self, codec: StreamableCodec, header: Header, start: SegmentStart) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, header: Header, start: SegmentStart) -> None:
+        rows = header.num_channels
+        self._synthesis = _Steps(streamable(codec), rows) if codec.is_streamable else WindowedDecoder(codec, rows)
         self._header = header
         self._num_skipped = self._num_to_skip = start.skip_samples
         self._num_given = 0  # samples at the original rate that went out
         self._num_fed = 0  # samples at the codec's rate that went into the resampler
-        self._state = codec.decode_init(header.num_channels)
         self._num_late = codec.decode_delay_samples
         # What may lie beyond the end, which only the end tells.
         self._num_held = (1 + header.num_frames_after) * codec.hop_length
@@ -195,15 +241,14 @@ class _Decoder:
         step = max(1, FRAMES_PER_STEP // len(codes))
         for first in range(0, codes.shape[2], step):
             piece = torch.from_numpy(np.ascontiguousarray(codes[:, :, first : first + step])).to(self._device)
-            audio, self._state = self._codec.decode_step(piece, self._state)
-            parts.append(self._in_time(audio))
+            parts.append(self._in_time(self._synthesis.push(piece)))
         joined = np.concatenate(parts, axis=1)
         known = max(0, joined.shape[1] - self._num_held)
         self._held = joined[:, known:]
         return self._at_original_rate(joined[:, :known])
 
     def finish(self, num_samples: int) -> np.ndarray:
-        rest = np.concatenate([self._held, self._in_time(self._codec.decode_flush(self._state))], axis=1)
+        rest = np.concatenate([self._held, self._in_time(self._synthesis.flush())], axis=1)
         wanted = self._header.resampled(self._num_skipped + num_samples) - self._num_fed
         before = self._num_given
         last = self._at_original_rate(fit_length(rest, wanted))

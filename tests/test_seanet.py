@@ -14,7 +14,8 @@ from codec import config as codec_config
 from codec import token_format
 from codec.layers.conv import add_weight_norm, fold_weight_norm
 from codec.models.interface import AudioCodec
-from codec.models.seanet import ALL_FRAMES, SEANetCodec, SEANetConfig
+from codec.models.interface import UNLIMITED
+from codec.models.seanet import SEANetCodec, SEANetConfig
 from codec.pretrained import load, save
 from codec.quantizers.residual import ResidualVQConfig
 from codec.streaming import StreamingDecoder, StreamingEncoder
@@ -245,7 +246,7 @@ def test_what_a_frame_hears_is_what_it_says(name: str) -> None:
         assert 6 < codec.decode_frames_before < 20
         assert codec.decode_frames_after == 0
     else:  # a recurrent decoder hears everything since the start
-        assert codec.decode_frames_before == ALL_FRAMES
+        assert codec.decode_frames_before == UNLIMITED
 
 
 @pytest.mark.parametrize("name", ["zero", "soundstream", "stereo"])

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # enough to stay in the processor's cache. It changes speed only, never a bit.
 FRAMES_PER_STEP = 128
 
+# How far a network hears that hears everything: the most that the header of a `.codec` file can say.
+UNLIMITED = 2**31 - 1
+
 
 @runtime_checkable
 class AudioCodec(Protocol):
@@ -81,6 +84,8 @@ class Codec(nn.Module, ABC):
     decode_delay_samples: int
     decode_frames_before: int
     decode_frames_after: int
+    # How far before the beginning of a frame the encoder hears; what `codec.windows` needs to know.
+    encode_samples_before: int = UNLIMITED
 
     @abstractmethod
     def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:
@@ -223,10 +228,16 @@ class WholeCodec(Codec):
     """Base of codecs that are not causal: offline calls made of `analyze` and `synthesize`; they cannot stream.
 
     Rows of different lengths are processed apart, so that nothing of one row, nor padding, is heard in another.
+
+    A codec whose networks hear a limited stretch says so: `encode_samples_before` and `encode_delay_samples` around the
+    samples of a frame, `decode_frames_before` and `decode_frames_after` around a frame. Then `codec.windows` can work
+    through long recordings in bounded memory.
     """
 
     is_streamable = False
-    encode_delay_samples = decode_delay_samples = 0
+    decode_delay_samples = 0
+    encode_delay_samples = UNLIMITED
+    decode_frames_before = decode_frames_after = UNLIMITED
 
     @torch.inference_mode()
     def encode(self, audio: Tensor, num_samples: Tensor | None = None, *, num_quantizers: int | None = None) -> Tokens:

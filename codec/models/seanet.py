@@ -30,14 +30,12 @@ from codec.config import build, register
 from codec.layers.causal import State, leaves
 from codec.layers.conv import ELU, PAD_MODES, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
 from codec.layers.recurrent import LSTM
-from codec.models.interface import StreamableCodec, rows_by_length
+from codec.models.interface import UNLIMITED, StreamableCodec, rows_by_length
 from codec.quantizers.interface import Quantizer
 from codec.quantizers.residual import ResidualVQConfig
 from codec.tokens import Tokens
 
 NORMS = ("none", "weight", "group")
-# "From the start": the most that the header of a `.codec` file can say. Recurrent decoders hear that far back.
-ALL_FRAMES = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ class SEANetCodec(StreamableCodec):
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
         self.decode_delay_samples = 0
-        self.encode_delay_samples = self.decode_frames_before = self.decode_frames_after = ALL_FRAMES
+        self.encode_delay_samples = self.decode_frames_before = self.decode_frames_after = UNLIMITED
         if config.segment_samples is None:
             self._set_reach()
 
@@ -268,9 +266,10 @@ class SEANetCodec(StreamableCodec):
         first, late, hop = 0, 2**40, self.hop_length
         ahead = [self.encoder.reach(frame, frame)[1] - (frame + 1) * hop + 1 for frame in (first, late)]
         heard = {frame: self.decoder.reach(frame * hop, (frame + 1) * hop - 1) for frame in (first, late)}
-        self.encode_delay_samples = min(ALL_FRAMES, max(ahead))
-        self.decode_frames_before = min(ALL_FRAMES, late - heard[late][0])
-        self.decode_frames_after = min(ALL_FRAMES, max(last - frame for frame, (_, last) in heard.items()))
+        self.encode_delay_samples = min(UNLIMITED, max(ahead))
+        self.encode_samples_before = min(UNLIMITED, late * hop - self.encoder.reach(late, late)[0])
+        self.decode_frames_before = min(UNLIMITED, late - heard[late][0])
+        self.decode_frames_after = min(UNLIMITED, max(last - frame for frame, (_, last) in heard.items()))
 
     def _check_streamable(self) -> None:
         if not self.is_streamable:
