@@ -8,16 +8,19 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from codec.files import discard_all, discard_of
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 STANDARD = "-"  # standard input or output, in place of a path
 
@@ -108,7 +111,7 @@ def run(jobs: list[Job], work: Work, *, num_processes: int) -> list[Outcome]:
     `work` must not raise for a user's mistake, and must be picklable.
     """
     num_processes = min(num_processes, len(jobs))
-    with _progress_bar() as advance:
+    with progress_bar() as advance:
         if len(jobs) == 1:
             return [work(jobs[0], advance)]
         if num_processes > 1:
@@ -121,31 +124,49 @@ def run(jobs: list[Job], work: Work, *, num_processes: int) -> list[Outcome]:
 
 
 def _run_in_processes(jobs: list[Job], work: Work, num_processes: int, advance: Advance) -> list[Outcome]:
-    waiting = jobs[::-1]
+    def died(job: Job, process: int) -> Outcome:
+        discard_of(process, Path(job.target).parent)
+        return Outcome(job.source, job.target, "failed", error=f"{job.source}: its process was ended")
+
+    outcomes: dict[int, Outcome] = {}
+    for number, outcome in in_processes(jobs, work, died, num_processes=num_processes):
+        outcomes[number] = outcome
+        advance(1, len(jobs))
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def in_processes(
+    items: Sequence[_Item],
+    work: Callable[[_Item, Advance], _Result],
+    died: Callable[[_Item, int], _Result],
+    *,
+    num_processes: int,
+) -> Iterator[tuple[int, _Result]]:
+    """`work` on every item, each in one of so many processes; (number of the item, result) as they are done.
+
+    Both `work` and what goes to and fro are picklable, and `work` raises nothing. `died(item, process id)` is the
+    result of an item whose process was killed.
+    """
+    waiting = list(enumerate(items))[::-1]
     idle: list[_Helper] = []
-    busy: dict[Connection, tuple[_Helper, Job]] = {}
-    outcomes: dict[Job, Outcome] = {}
+    busy: dict[Connection, tuple[_Helper, int]] = {}
     with contextlib.ExitStack() as helpers:
         while waiting or busy:
             while waiting and len(busy) < num_processes:
                 helper = idle.pop() if idle else helpers.enter_context(_helper(work))
-                job = waiting.pop()
-                busy[helper.connection] = helper, job
+                number, item = waiting.pop()
+                busy[helper.connection] = helper, number
                 with contextlib.suppress(OSError):  # of one that has died, which is found below
-                    helper.connection.send(job)
+                    helper.connection.send(item)
             for connection in cast(list[Connection], wait(list(busy))):
-                helper, job = busy.pop(connection)
+                helper, number = busy.pop(connection)
                 try:
-                    outcomes[job] = connection.recv()
+                    result: _Result = connection.recv()
                     idle.append(helper)
                 except (EOFError, OSError):
                     helper.process.join()
-                    discard_of(helper.process.pid or 0, Path(job.target).parent)
-                    outcomes[job] = Outcome(
-                        job.source, job.target, "failed", error=f"{job.source}: its process was ended"
-                    )
-                advance(1, len(jobs))
-    return [outcomes[job] for job in jobs]
+                    result = died(items[number], helper.process.pid or 0)
+                yield number, result
 
 
 @dataclass(frozen=True)
@@ -155,7 +176,7 @@ class _Helper:
 
 
 @contextlib.contextmanager
-def _helper(work: Work) -> Iterator[_Helper]:
+def _helper(work: Callable[[Any, Advance], Any]) -> Iterator[_Helper]:
     """A process that does the jobs it is sent, one after the other, and ends with the connection."""
     context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch is not safe
     ours, theirs = context.Pipe()
@@ -176,7 +197,7 @@ def _helper(work: Work) -> Iterator[_Helper]:
         process.join()
 
 
-def _help(connection: Connection, work: Work) -> None:
+def _help(connection: Connection, work: Callable[[Any, Advance], Any]) -> None:
     signal.signal(signal.SIGTERM, _end_helper)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     with contextlib.suppress(EOFError, OSError):  # there is no more to do, or nobody to do it for
@@ -194,7 +215,7 @@ def _ignore(num_done: int, num_in_all: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bar() -> Iterator[Advance]:
+def progress_bar() -> Iterator[Advance]:
     """A bar on a terminal; nothing elsewhere."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield _ignore

@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from codec.batch import STANDARD, Job, PlanError, plan, run
 from codec.jobs import (
@@ -206,6 +207,93 @@ def roundtrip(
             typer.echo(f"metric     {name.upper().replace('_', '-')} not measured: needs the extra '{extra}'")
 
 
+class _ManyNumbers(TyperCommand):
+    """Options that take several numbers at once: `--opus 6 12` is `--opus 6 --opus 12`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        names = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        expanded: list[str] = []
+        option, num_values = "", 0
+        for arg in args:
+            is_number = re.fullmatch(r"-?[0-9.]+", arg) is not None
+            if option and is_number and num_values:
+                expanded.append(option)
+            num_values += 1
+            if arg in names or not is_number:
+                option, num_values = (arg if arg in names else ""), 0
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+@app.command(cls=_ManyNumbers)
+def evaluate(
+    data: Annotated[
+        str, typer.Option("--data", metavar="DIR", help="A folder of audio, or of a manifest.tsv, or that file.")
+    ],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Bundled models or folders with one.")
+    ] = None,
+    num_quantizers: Annotated[
+        list[int] | None,
+        typer.Option("--num-quantizers", "-k", help="Rows of codes, one or more numbers. Default: up to four choices."),
+    ] = None,
+    opus: Annotated[
+        list[int] | None, typer.Option("--opus", metavar="KBPS", help="Opus, at one or more rates.")
+    ] = None,
+    codec2: Annotated[list[int] | None, typer.Option("--codec2", metavar="BPS", help="Codec2, likewise.")] = None,
+    speex: Annotated[list[int] | None, typer.Option("--speex", metavar="KBPS", help="Speex, likewise.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="A metric; again for more. Default: all that can be measured.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option("--scorer", help="wer=FOLDER, speaker=FOLDER or module:Class[=ARGUMENT]; again for more."),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Rows of the manifest to take. Default: all.")] = None,
+    max_files: Annotated[
+        int | None, typer.Option("--max-files", min=1, help="Take so many recordings, evenly spread.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Write report.html, results.json and files.csv here.")
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Recordings to hear in the report.")] = 3,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
+    jobs: Jobs = None,
+    force: Force = False,
+    json: AsJson = False,
+) -> None:
+    """Measure models, and Opus, Codec2 and Speex where they are installed, on the same recordings.
+
+    Quality, bit rate, use of codebooks, delay, speed and memory: as tables, as JSON, and as a page to look at and
+    listen to. A file that cannot be read is left out, told at the end, and makes the exit status 1.
+    """
+    with _one_line_errors():
+        from codec.evaluation import UsageError
+        from codec.evaluation import evaluate as evaluate_codecs
+        from codec.evaluation.tables import text
+        from codec.reports import check_evaluation_target, write_evaluation
+
+        try:
+            if out is not None:
+                check_evaluation_target(out, force=force)
+            evaluation = evaluate_codecs(
+                models or [], data=data, split=split, max_files=max_files, num_quantizers=num_quantizers or [],
+                opus_kbps=opus or [], codec2_bps=codec2 or [], speex_kbps=speex or [], metrics=metric or None,
+                scorers=scorer or [], measures_speed=speed, num_examples=0 if out is None else examples,
+                num_processes=jobs or _num_cores(),
+            )  # fmt: skip
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from error
+        if out is not None:
+            write_evaluation(evaluation, out)
+    typer.echo(evaluation.to_json() if json else text(evaluation), nl=False)
+    failures = [f"{file}: {why}" for file, why in evaluation.failures.items()]
+    for system in evaluation.systems:
+        failures += [f"{file}, {system.name}: {why}" for file, why in system.failures.items()]
+    if failures:
+        _fail(*failures)
+
+
 @app.command()
 def info(
     source: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
@@ -224,6 +312,59 @@ def info(
             typer.echo(f"{name:20} {value}".encode(errors="backslashreplace"))  # names need not be UTF-8
     if facts.get("is_truncated"):
         _fail(truncated(source or "", facts["seconds"]))
+
+
+@app.command("import")
+def import_checkpoint(
+    source: Annotated[str, typer.Argument(metavar="SOURCE")],
+    target: Annotated[str, typer.Argument(metavar="OUT")],
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="encodec, dac or hificodec. Default: told by what is in it.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What files will call the model. Default: the name of OUT, @1.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickles (.th, .pth, .bin) too, weights only.")
+    ] = False,
+    sample_rate_hz: Annotated[
+        int | None, typer.Option("--sample-rate-hz", min=1, help="Of a model that does not say: HiFi-Codec's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace the model that OUT holds.")] = False,
+) -> None:
+    """Turn a checkpoint of EnCodec, DAC or HiFi-Codec into a model, for --model and codec.load.
+
+    SOURCE is a file of weights, or a folder with a config.json. OUT becomes a folder.
+    """
+    with _one_line_errors():
+        from codec.files import check_new_folder, new_folder
+        from codec.token_format import FILE_NAME
+
+        names = {"config.json", "model.safetensors", FILE_NAME}
+        if os.path.isfile(source) and not source.endswith(".safetensors") and not allow_pickle:
+            raise UserError(f"{source} is not a .safetensors file; if you trust it, --allow-pickle reads it")
+        if os.path.isdir(target) and os.listdir(target) and not force:
+            raise UserError(f"{target} exists already; --force replaces the model in it")
+        if os.path.isdir(target) and os.path.exists(source) and os.path.samefile(source, target):
+            raise UserError(f"{target} is the input itself")
+        check_new_folder(target, replaceable=names)
+        name = name or f"{os.path.basename(os.path.realpath(target))}@1"
+        if not name.isprintable() or len(name.encode(errors="surrogateescape")) > 255:
+            raise UserError(f"the name {name!r} is longer than 255 bytes, or not printable")
+
+        from codec.importers.detect import load_checkpoint
+        from codec.pretrained import save
+
+        model = load_checkpoint(source, kind=kind, sample_rate_hz=sample_rate_hz, allow_pickle=allow_pickle)
+        with new_folder(target, replaceable=names) as folder:
+            codec_id = save(model, folder, name=name, dtype="float32")
+    rows = model.valid_num_quantizers
+    rates = [f"{model.bitrate_bps(num_rows) / 1000:.4g}" for num_rows in (rows[0], rows[-1])]
+    typer.echo(f"model      {name}, id {codec_id}")
+    typer.echo(f"audio      {model.num_channels} channel(s) at {model.sample_rate_hz} Hz, {model.hop_length} per frame")
+    typer.echo(f"codes      {' to '.join(dict.fromkeys(map(str, (rows[0], rows[-1]))))} rows")
+    typer.echo(f"bitrate    {' to '.join(dict.fromkeys(rates))} kbps")
+    typer.echo(f"streams    {'yes' if model.is_streamable else 'no: it looks ahead, and takes whole recordings'}")
 
 
 @app.command()
@@ -298,17 +439,20 @@ def _time(text: str | None) -> Fraction | None:
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
 
 
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: int | None, *, json: bool) -> None:
     """Do the jobs and report. One job's error is the command's; of many, the good ones are done first."""
     if json and jobs[0].target == STANDARD:
         raise typer.BadParameter("--json and the result would both go to standard output")
     _refuse_terminal(jobs[0].target)
     started = time.perf_counter()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     outcomes = run(
         jobs,
         functools.partial(guarded, work=work, options=options),
-        num_processes=num_processes or max(1, cores // options.threads),
+        num_processes=num_processes or max(1, _num_cores() // options.threads),
     )
     elapsed = time.perf_counter() - started
     failed = [outcome for outcome in outcomes if outcome.error or outcome.warning]

@@ -34,11 +34,11 @@ def register(name: str, config_class: type) -> Callable[[_Built], _Built]:
     return add
 
 
-def build(config: Any) -> Any:
-    """Build the object that a registered configuration describes."""
+def build(config: Any, *context: Any) -> Any:
+    """Build the object that a registered configuration describes; `context` is what else its constructor takes."""
     if type(config) not in _built_classes:
         raise ValueError(f"{type(config).__name__} is not a registered configuration")
-    return _built_classes[type(config)](config)
+    return _built_classes[type(config)](config, *context)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -64,25 +64,45 @@ def from_dict(data: Any, path: str = "config") -> Any:
     name = values.pop("type", None)
     if not isinstance(name, str) or name not in _config_classes:
         raise ValueError(f"{path}.type: {name!r} is unknown (known: {', '.join(sorted(_config_classes))})")
-    config_class = _config_classes[name]
+    return from_values(_config_classes[name], values, path)
+
+
+def from_values(config_class: type, data: Any, path: str = "") -> Any:
+    """Build a configuration of a class that is known beforehand, and so need not be registered; else as `from_dict`."""
+    at = f"{path}: " if path else ""
+    if not isinstance(data, dict):
+        raise ValueError(f"{at}expected a mapping, got {data!r}")
+    name = _names.get(config_class, path or "the configuration")
     hints = typing.get_type_hints(config_class)
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    for key in values:
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    for key in data:
         if key not in fields:
-            raise ValueError(f"{path}.{key}: {name} has no such setting (it has {', '.join(sorted(fields))})")
-    converted = {key: _convert(value, hints[key], f"{path}.{key}") for key, value in values.items()}
-    missing = {f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING} - set(converted)
+            raise ValueError(f"{_joined(path, key)}: {name} has no such setting (it has {', '.join(sorted(fields))})")
+    converted = {key: _convert(value, hints[key], _joined(path, key)) for key, value in data.items()}
+    missing = {key for key, field in fields.items() if _is_required(field)} - set(converted)
     if missing:
-        raise ValueError(f"{path}: {name} needs {', '.join(sorted(missing))}")
+        raise ValueError(f"{at}{name} needs {', '.join(sorted(missing))}")
     try:
         return config_class(**converted)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{at}{error}") from error
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _joined(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if hint not in _names and not (isinstance(value, dict) and "type" in value):
+            return from_values(hint, value, path)
         config = from_dict(value, path)
         if not isinstance(config, hint):
             fitting = _names.get(hint, hint.__name__)
@@ -92,10 +112,14 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path}: expected a list, got {value!r}")
         return tuple(_convert(v, typing.get_args(hint)[0], f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected a mapping, got {value!r}")
+        return {key: _convert(v, typing.get_args(hint)[1], _joined(path, key)) for key, v in value.items()}
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(hint):
             return None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "type" in value:
             return from_dict(value, path)
         return _convert(value, next(h for h in typing.get_args(hint) if h is not type(None)), path)
     if hint is float and type(value) is int:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,6 +81,46 @@ class AtomicFile:
             raise OSError(error.errno, error.strerror or str(error), self._named) from error
 
 
+def check_new_folder(target: str | os.PathLike[str], *, replaceable: Collection[str] = ()) -> None:
+    """OSError, with the target as its file name, where `new_folder` would refuse to put a folder there."""
+    path = Path(target)
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise OSError(errno.ENOENT, "Its folder does not exist", os.fspath(path))
+    if path.is_dir():
+        if others := sorted({entry.name for entry in path.iterdir()} - set(replaceable)):
+            raise OSError(errno.ENOTEMPTY, f"It holds {others[0]}, which is not to be replaced", os.fspath(path))
+    elif path.exists() or path.is_symlink():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike[str], *, replaceable: Collection[str] = ()) -> Iterator[Path]:
+    """A folder to fill, which takes its place at the end of the `with` block, or goes if the block raises.
+
+    A folder that is there is replaced as a whole where it is empty or holds nothing but files of the names that are
+    `replaceable`; else OSError. A symbolic link stays, and what it points to is replaced.
+    """
+    check_new_folder(target, replaceable=replaceable)
+    path = Path(os.path.realpath(target))
+    partial, aside = (path.with_name(f".codec-{os.getpid()}-{secrets.token_hex(8)}.partial") for _ in range(2))
+    _partials.add((os.getpid(), partial))
+    try:
+        partial.mkdir()
+        yield partial
+        check_new_folder(target, replaceable=replaceable)  # somebody may have put more into it
+        if path.is_dir():
+            os.rename(path, aside)  # no registered partial yet: until the new one is there, it must survive
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if aside.is_dir():
+                os.rename(aside, path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        _remove(partial)
+
+
 def discard_all() -> None:
     """Remove every partial file of this process: the last act of a program, whatever ended it."""
     for process, path in list(_partials):
@@ -98,7 +138,10 @@ def discard_of(process: int, folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if (os.getpid(), path) in _partials:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         _forget(path)
 
 

@@ -19,7 +19,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from codec import config as codec_config
-from codec.models import multirate as _multirate  # noqa: F401  (registers its configurations)
+from codec.models import dac as _dac  # noqa: F401  (registers its configurations)
+from codec.models import hificodec as _hificodec  # noqa: F401  (likewise)
+from codec.models import multirate as _multirate  # noqa: F401  (likewise)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
 from codec.models.interface import Codec
 from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available

@@ -1,12 +1,20 @@
-"""What the command line tells: of a file, of this installation, of a recording that was encoded and decoded."""
+"""What the command line tells: of a file, of this installation, of recordings that were encoded and decoded."""
 
 from __future__ import annotations
 
 import io
+import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from codec.jobs import Options, load_model, named, open_audio, open_container, open_target
+from codec.files import AtomicFile
+from codec.jobs import Options, UserError, load_model, named, open_audio, open_container, open_target
+
+if TYPE_CHECKING:
+    from codec.evaluation import Evaluation
+
+_EVALUATION_FILES = ("report.html", "results.json", "files.csv")
+_ROUNDTRIP_METRICS = ("si_sdr_db", "log_spectral_db", "stoi", "pesq_wb")  # those that take no long
 
 
 def roundtrip_report(source: str, target: str, options: Options) -> dict[str, Any]:
@@ -15,7 +23,7 @@ def roundtrip_report(source: str, target: str, options: Options) -> dict[str, An
 
     from codec.audio import AudioWriter
     from codec.bitstream import Reader
-    from codec.evaluation import available_metrics, evaluate
+    from codec.evaluation.metrics import available_metrics, measure
     from codec.transcode import decode_events, encode_blocks, stretch_of
 
     codec = load_model(options.model, options)
@@ -39,8 +47,8 @@ def roundtrip_report(source: str, target: str, options: Options) -> dict[str, An
     with open_target(target) as out, AudioWriter(out, rate_hz, num_channels, num_samples=num_samples) as writer:
         writer.write(decoded)
         writer.finish()
-    names = available_metrics()
-    rows = [evaluate(a, b, rate_hz, names) for a, b in zip(audio, decoded, strict=True)]
+    names = [name for name in _ROUNDTRIP_METRICS if name in available_metrics()]
+    rows = [measure(a, b, rate_hz, names) for a, b in zip(audio, decoded, strict=True)]
     means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     return {
         "model": codec.name,
@@ -57,6 +65,27 @@ def roundtrip_report(source: str, target: str, options: Options) -> dict[str, An
         "decode_times_real_time": seconds / (done - encoded),
         "metrics": {name: None if value != value else value for name, value in means.items()},  # NaN is no JSON
     }
+
+
+def check_evaluation_target(folder: str, *, force: bool) -> None:
+    """Find before the work that its results cannot be written: UserError."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder")
+    for name in _EVALUATION_FILES:
+        if not force and os.path.lexists(os.path.join(folder, name)):
+            raise UserError(f"{os.path.join(folder, name)} exists already; --force replaces it")
+
+
+def write_evaluation(evaluation: Evaluation, folder: str) -> None:
+    """The page, the JSON and the CSV of an evaluation, each whole or not at all. OSError where that fails."""
+    from codec.evaluation.page import render
+
+    os.makedirs(folder, exist_ok=True)
+    made = (render(evaluation), evaluation.to_json(), evaluation.to_csv())
+    for name, content in zip(_EVALUATION_FILES, made, strict=True):
+        with AtomicFile(os.path.join(folder, name)) as new:
+            new.file.write(content.encode())
+            new.commit()
 
 
 def file_facts(source: str, model: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import codec
-from codec.evaluation import evaluate
+from codec.evaluation import measure
 from codec.pretrained import DEFAULT_MODEL, compute_codec_id
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like, tiny_codec
@@ -152,7 +152,7 @@ def test_the_bundled_model_is_intelligible_and_more_stages_help() -> None:
     scores = []
     for num_quantizers in (2, 4, 8):
         heard = model.decode(tokens.prefix(num_quantizers))[0, 0].numpy()
-        scores.append(evaluate(audio, heard, 16000, ("stoi", "si_sdr_db")))
+        scores.append(measure(audio, heard, 16000, ("stoi", "si_sdr_db")))
     for name in ("stoi", "si_sdr_db"):
         assert scores[0][name] < scores[1][name] < scores[2][name]
     # The speech is synthetic, of a kind the model never heard; natural speech scores higher.

@@ -1,7 +1,6 @@
-"""Each bug that the published trainers share (dead restarts, undone k-means, a chained residual) has a test here."""
+"""Residual VQ as it is trained and used; the bugs of others and other learning are in `test_quantizer_training.py`."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -170,35 +169,6 @@ def test_one_update_learns_from_all_forwards_since_the_last() -> None:
     parts.update(parts(latents[:1]), parts(latents[1:]))
     # Sums over the same vectors in another order of addition.
     torch.testing.assert_close(whole.codebooks, parts.codebooks, rtol=1e-5, atol=1e-6)
-
-
-def _update_on_rank(rank: int, folder: Path, dead_threshold: float) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    quantizer = _quantizer(dead_threshold=dead_threshold)
-    latents = _latents(64)
-    quantizer.initialize(latents)
-    for seed in range(3):
-        quantizer.update(quantizer(_latents(64, seed=seed)[2 * rank : 2 * rank + 2]))
-    torch.save(quantizer.codebooks, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dead_threshold", [0.0, 0.5])
-def test_processes_keep_one_set_of_codebooks(tmp_path: Path, dead_threshold: float) -> None:
-    torch.multiprocessing.spawn(_update_on_rank, (tmp_path, dead_threshold), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert torch.equal(first, second)
-    alone = _quantizer(dead_threshold=dead_threshold)
-    alone.initialize(_latents(64))
-    for seed in range(3):
-        alone.update(alone(_latents(64, seed=seed)))
-    if dead_threshold == 0.0:
-        # Two halves of the sums, added in another order. Restarts draw other inputs, and are compared above only.
-        torch.testing.assert_close(first, alone.codebooks, rtol=1e-5, atol=1e-6)
-    else:
-        assert not torch.equal(first, _quantizer().codebooks)
 
 
 def test_training_resumes_to_the_same_codebooks() -> None:

@@ -40,18 +40,6 @@ def test_every_program_says_what_it_does(program: str) -> None:
     assert "usage:" in done.stdout
 
 
-def test_quality_is_measured_at_every_rate(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "speech").mkdir()
-    for seed in range(2):
-        soundfile.write(tmp_path / "speech" / f"{seed}.wav", speech_like(16000, rate_hz=8000, seed=seed), 8000)
-    done = _run("benchmark", "--model", model, "--json", "quality", tmp_path / "speech", "--num-quantizers", "1", "3")
-    rows = json.loads(done.stdout)["quality"]
-    assert [(row["num_quantizers"], row["kbps"], row["files"]) for row in rows] == [(1, 1.25, 2), (3, 3.75, 2)]
-    assert all(isinstance(row["stoi"], float) for row in rows)
-    table = _run("benchmark", "--model", model, "quality", tmp_path / "speech").stdout.splitlines()
-    assert len(table) == 4
-
-
 def test_speed_is_measured_on_a_signal_of_its_own(model: Path) -> None:
     done = _run("benchmark", "--model", model, "--json", "speed", "--seconds", "1")
     speed = json.loads(done.stdout)["speed"]
@@ -63,7 +51,6 @@ def test_speed_is_measured_on_a_signal_of_its_own(model: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [
-        ("benchmark", ["quality", "nowhere"]),
         ("benchmark", ["--model", "nothing", "speed"]),
         ("prepare_data", ["nowhere", "out"]),
         ("export", ["nowhere", "out", "--name", "a@1"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,7 +16,10 @@ from torch import Tensor
 
 import codec
 from codec import windows
+from codec.models.dac import DACCodec, DACConfig
+from codec.models.interface import Codec
 from codec.models.seanet import SEANetCodec, SEANetConfig
+from codec.quantizers.factorized import FactorizedVQConfig
 from codec.quantizers.residual import ResidualVQConfig
 from codec.windows import WindowedDecoder, WindowedEncoder
 from tests.commands import refusal, succeed
@@ -43,13 +48,27 @@ def pieces_of(x: Tensor, sizes: list[int]) -> list[Tensor]:
     return list(torch.tensor_split(x, cuts.tolist(), dim=2))
 
 
-@pytest.mark.parametrize("num_lstm_layers", [0, 1])
+def dac() -> DACCodec:
+    torch.manual_seed(3)
+    quantizer = FactorizedVQConfig(latent_dim=8, num_stages=2, codebook_size=16, codebook_dim=3)
+    config = DACConfig(
+        sample_rate_hz=16000,
+        quantizer=quantizer,
+        encoder_dim=2,
+        encoder_rates=(2, 3),
+        decoder_dim=8,
+        decoder_rates=(3, 2),
+    )
+    return DACCodec(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [looking_ahead, partial(looking_ahead, num_lstm_layers=1), dac])
 @settings(max_examples=15, deadline=None)
 @given(num_samples=st.integers(0, 700), sizes=st.lists(st.integers(0, 300), max_size=6))
 def test_windows_give_the_codes_and_the_audio_of_the_whole(
-    num_lstm_layers: int, num_samples: int, sizes: list[int]
+    make: Callable[[], Codec], num_samples: int, sizes: list[int]
 ) -> None:
-    model = looking_ahead(num_lstm_layers).double()  # so that rounding cannot choose another code
+    model = make().double()  # so that rounding cannot choose another code
     audio = torch.rand(2, 1, num_samples, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
     whole = model.encode(audio.float())
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +76,7 @@ def test_windows_give_the_codes_and_the_audio_of_the_whole(
         encoder = WindowedEncoder(model, 2)
         codes = torch.cat([*[encoder.push(piece) for piece in pieces_of(audio.float(), sizes)], encoder.flush()], dim=2)
         decoder = WindowedDecoder(model, 2)
-        parts = [decoder.push(piece) for piece in pieces_of(codes, [size // 8 for size in sizes])]
+        parts = [decoder.push(piece) for piece in pieces_of(codes, [size // model.hop_length for size in sizes])]
         decoded = torch.cat([*parts, decoder.flush()], dim=2)[:, :, :num_samples]
     assert torch.equal(codes, whole.codes)
     assert torch.allclose(decoded, model.decode(whole).float(), rtol=0, atol=1e-6)  # float32 at the end
@@ -106,7 +125,8 @@ def test_files_hold_codes_of_models_that_look_ahead(rate_hz: int, num_lstm_layer
         assert np.abs(decoded.T - model.decode(tokens)[:, 0].clamp(-1, 1).numpy()).max() < 1e-4  # 16-bit output
 
 
-def test_overlapping_segments_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_overlapping_segments_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     config = SEANetConfig(
         sample_rate_hz=16000,
         quantizer=QUANTIZER,

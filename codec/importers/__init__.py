@@ -1,1 +1,1 @@
-"""Checkpoints of other projects, each as one of our codecs: a file per project."""
+"""Checkpoints and token files of other projects: a file per project, and `detect` for any of them."""

@@ -65,6 +65,11 @@ class Chain(Sequential, SignalLayer):
             x = layer.finish(x, before)
         return x
 
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._layers():
+            x = layer(x)
+        return x
+
     def reach(self, first: int, last: int) -> tuple[int, int]:
         for layer in reversed(list(self._signal_layers())):
             first, last = layer.reach(first, last)
@@ -75,11 +80,21 @@ class _Convolution(SignalLayer):
     """What the two kinds of convolution share: plain weights, group norm, and the refusal to step where not causal."""
 
     def __init__(
-        self, weight_shape: tuple[int, int, int], out_channels: int, stride: int, *, causal: bool, group_norm: bool
+        self,
+        weight_shape: tuple[int, int, int],
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        causal: bool,
+        group_norm: bool,
     ) -> None:
         super().__init__()
         if causal and group_norm:
             raise ValueError("group norm looks at the whole signal, so a causal layer cannot have it")
+        # Shapes are read of these and of the bias: with weight norm, every look at `weight` computes it.
+        self.in_channels = in_channels
+        self.out_channels = out_channels
         self.stride = stride
         self.causal = causal
         self.weight = nn.Parameter(torch.empty(weight_shape))
@@ -94,7 +109,7 @@ class _Convolution(SignalLayer):
         return x if self.norm is None else self.norm(x)
 
     def _nothing(self, x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape[0], self.bias.shape[0], 0)
+        return x.new_zeros(x.shape[0], self.out_channels, 0)
 
     def _refuse_to_step(self) -> None:
         if not self.causal:
@@ -127,7 +142,12 @@ class Conv(_Convolution):
         group_norm: bool = False,
     ) -> None:
         super().__init__(
-            (out_channels, in_channels, kernel_size), out_channels, stride, causal=causal, group_norm=group_norm
+            (out_channels, in_channels, kernel_size),
+            in_channels,
+            out_channels,
+            stride,
+            causal=causal,
+            group_norm=group_norm,
         )
         self.dilation = dilation
         self.pad_mode = pad_mode
@@ -142,8 +162,8 @@ class Conv(_Convolution):
         if not self.causal:
             return ()
         if self.pad_mode == "reflect" and self.num_padded:
-            return (self.weight.new_zeros(batch_size, self.weight.shape[1], 0),)
-        return self.weight.new_zeros(batch_size, self.weight.shape[1], self.num_padded)
+            return (self.bias.new_zeros(batch_size, self.in_channels, 0),)
+        return self.bias.new_zeros(batch_size, self.in_channels, self.num_padded)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         self._refuse_to_step()
@@ -153,7 +173,7 @@ class Conv(_Convolution):
         if not isinstance(state, Tensor):
             if x.shape[2] <= self.num_padded:
                 return self._nothing(x), (x.clone(),)  # never the memory of the caller
-            x = F.pad(x, (self.num_padded, 0), "reflect")
+            x = _padded(x, self.num_padded, 0, self.pad_mode)
         return self._windows(x), x[:, :, x.shape[2] - self.num_padded :]
 
     def finish(self, x: Tensor, state: State) -> Tensor:
@@ -203,14 +223,19 @@ class ConvTranspose(_Convolution):
         group_norm: bool = False,
     ) -> None:
         super().__init__(
-            (in_channels, out_channels, kernel_size), out_channels, stride, causal=causal, group_norm=group_norm
+            (in_channels, out_channels, kernel_size),
+            in_channels,
+            out_channels,
+            stride,
+            causal=causal,
+            group_norm=group_norm,
         )
         if kernel_size < stride:
             raise ValueError(f"kernel_size={kernel_size} leaves gaps at stride={stride}")
         self.overlap = kernel_size - stride
 
     def init_state(self, batch_size: int) -> State:
-        return self.weight.new_zeros(batch_size, self.weight.shape[1], self.overlap) if self.causal else ()
+        return self.bias.new_zeros(batch_size, self.out_channels, self.overlap) if self.causal else ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         self._refuse_to_step()
@@ -223,12 +248,11 @@ class ConvTranspose(_Convolution):
         return y[:, :, :num_done] + self.bias[:, None], y[:, :, num_done:]
 
     def finish(self, x: Tensor, state: State) -> Tensor:
-        if self.causal:
-            return self.step(x, state)[0]
-        if x.shape[2] == 0:
-            return self._nothing(x)
-        y = self._normalized(F.conv_transpose1d(x, self.weight, self.bias, stride=self.stride))
-        return y[:, :, self._left() : self._left() + x.shape[2] * self.stride]
+        return self.step(x, state)[0] if self.causal else self._whole(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What `finish` gives from the beginning, in fewer passes over memory where causal.
+        return self._whole(x) if self.causal else super().forward(x)
 
     def reach(self, first: int, last: int) -> tuple[int, int]:
         if self.norm is not None:
@@ -238,6 +262,12 @@ class ConvTranspose(_Convolution):
 
     def _left(self) -> int:
         return 0 if self.causal else self.overlap - self.overlap // 2
+
+    def _whole(self, x: Tensor) -> Tensor:
+        if x.shape[2] == 0:
+            return self._nothing(x)
+        y = self._normalized(F.conv_transpose1d(x, self.weight, self.bias, stride=self.stride))
+        return y[:, :, self._left() : self._left() + x.shape[2] * self.stride]
 
 
 class ResidualBlock(SignalLayer):
@@ -302,8 +332,15 @@ def _joined(*parts: Tensor) -> Tensor:
 
 def _padded(x: Tensor, left: int, right: int, pad_mode: str) -> Tensor:
     """Zeros, or the signal mirrored, on both sides; a signal too short to be mirrored is taken to go on with zeros."""
+    if left == right == 0:
+        return x  # `F.pad` would copy it
     if pad_mode == "zero":
         return F.pad(x, (left, right))
-    num_missing = max(0, max(left, right) + 1 - x.shape[2])
-    mirrored = F.pad(F.pad(x, (0, num_missing)), (left, right), "reflect")
-    return mirrored[:, :, : mirrored.shape[2] - num_missing]
+    num_given = x.shape[2]
+    num_missing = max(left, right) + 1 - num_given
+    if num_missing > 0:
+        x = F.pad(x, (0, num_missing))
+    # `F.pad` can mirror, too, but takes longer in training, and leaves bfloat16 under autocast.
+    end = x.shape[2] - 1
+    mirrored = _joined(x[:, :, 1 : left + 1].flip(2), x, x[:, :, end - right : end].flip(2))
+    return mirrored[:, :, : left + num_given + right] if num_missing > 0 else mirrored

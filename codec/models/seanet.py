@@ -44,6 +44,7 @@ class SEANetConfig:
 
     The network has `num_filters` channels at the audio's rate, and twice as many after each ratio. A residual block
     narrows to a `compress`-th of its channels, and its dilation grows by `dilation_base` from block to block.
+    `last_kernel_size` is that of both networks' last convolutions, unless `encoder_last_kernel_size` differs.
 
     `norm`: "weight" says how to train (see `codec.layers.conv.add_weight_norm`) and computes nothing else than "none";
     "group" normalises each layer's output over channels and time, which cannot be causal.
@@ -59,6 +60,7 @@ class SEANetConfig:
     num_filters: int = 32
     kernel_size: int = 7
     last_kernel_size: int = 7
+    encoder_last_kernel_size: int | None = None
     residual_kernel_size: int = 3
     num_residual_blocks: int = 1
     dilation_base: int = 2
@@ -80,6 +82,8 @@ class SEANetConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.encoder_last_kernel_size is not None and self.encoder_last_kernel_size < 1:
+            raise ValueError(f"encoder_last_kernel_size must be positive, got {self.encoder_last_kernel_size}")
         if not self.ratios or min(self.ratios) < 1:
             raise ValueError(f"ratios must be one or more positive numbers, got {self.ratios}")
         if min(self.num_residual_blocks, self.num_lstm_layers) < 0:
@@ -109,6 +113,28 @@ class SEANetConfig:
     def hop_length(self) -> int:
         """Samples per frame."""
         return prod(self.ratios)
+
+
+def _soundstream(sample_rate_hz: int, num_stages: int) -> SEANetConfig:
+    # The papers do not tell the width of the latents; 512 is that of AcademiCodec's recipes for SoundStream.
+    return SEANetConfig(
+        sample_rate_hz=sample_rate_hz,
+        quantizer=ResidualVQConfig(latent_dim=512, num_stages=num_stages, codebook_size=1024),
+        encoder_last_kernel_size=3,
+        residual_kernel_size=7,
+        num_residual_blocks=3,
+        dilation_base=3,
+        compress=1,
+        conv_shortcut=False,
+        num_lstm_layers=0,
+        norm="none",
+    )
+
+
+# Source: SoundStream, section III, figure 3 and 6 kbps of section III.C.
+SOUNDSTREAM_24KHZ = _soundstream(24000, num_stages=8)
+# Source: Borsos et al., "AudioLM" (2022): the same network at 16 kHz, at 6 kbps.
+SOUNDSTREAM_16KHZ = _soundstream(16000, num_stages=12)
 
 
 @register("seanet", SEANetConfig)
@@ -318,7 +344,8 @@ def _encoder_layers(config: SEANetConfig) -> list[SignalLayer]:
         width *= 2
     if config.num_lstm_layers:
         layers.append(LSTM(width, config.num_lstm_layers))
-    return [*layers, ELU(), _conv(config, width, config.quantizer.latent_dim, config.last_kernel_size)]
+    last_kernel_size = config.encoder_last_kernel_size or config.last_kernel_size
+    return [*layers, ELU(), _conv(config, width, config.quantizer.latent_dim, last_kernel_size)]
 
 
 def _decoder_layers(config: SEANetConfig) -> list[SignalLayer]:

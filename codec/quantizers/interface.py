@@ -17,7 +17,7 @@ class Quantized:
     latents: [B, D, F], quantized; the gradient reaches the input by the straight-through estimator.
     codes: int64 [B, K, F]; -1 where a stage was left out or a frame is masked.
     losses: scalars, unweighted: the recipe weighs them.
-    stats: detached; `perplexity` [K] and `dead_fraction` [K].
+    stats: detached, each [K]; `perplexity` and `dead_fraction`, and what else a quantizer can tell.
     inputs: [B, D, F], detached; what `update` learns from.
     """
 
@@ -96,12 +96,35 @@ def draw_num_quantizers(
     return torch.where(full, valid[-1], drawn)
 
 
+def stage_gradient_norms(quantizer: Quantizer, latents: Tensor) -> Tensor:
+    """By how much each stage's commitment pulls at the encoder: one norm [S] for each of `valid_num_quantizers`.
+
+    Measured: the norm of the difference between the gradients, with respect to the latents [B, D, F], of the losses
+    "commitment" of one prefix and of the next longer one. A zero means that a stage does not teach the encoder, as with
+    a residual chain that is not detached. One forward and backward per prefix: for tests, and now and then in a run.
+    ValueError for a quantizer without that loss.
+    """
+    norms, before = [], torch.zeros_like(latents)
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        for num_quantizers in quantizer.valid_num_quantizers:
+            losses = quantizer(leaf, num_quantizers=num_quantizers).losses
+            if "commitment" not in losses:
+                raise ValueError(f"{type(quantizer).__name__} has no commitment loss")
+            (gradient,) = torch.autograd.grad(losses["commitment"], leaf)
+            norms.append((gradient - before).norm())
+            before = gradient
+    return torch.stack(norms)
+
+
 def usage(codes_NK: Tensor, codebook_size: int) -> dict[str, Tensor]:
     """The `stats` of a `Quantized` from codes [N, K]; -1 marks an absent stage."""
-    perplexity, dead_fraction = [], []
-    for codes_N in codes_NK.unbind(1):
-        counts_C = torch.bincount(codes_N[codes_N >= 0], minlength=codebook_size).float()
-        share_C = counts_C / counts_C.sum().clamp_min(1.0)
-        perplexity.append(torch.exp(-(share_C * share_C.clamp_min(1e-12).log()).sum()))
-        dead_fraction.append((counts_C == 0).float().mean())
-    return {"perplexity": torch.stack(perplexity), "dead_fraction": torch.stack(dead_fraction)}
+    num_rows = codes_NK.shape[1]
+    numbered_NK = codes_NK + codebook_size * torch.arange(num_rows, device=codes_NK.device)
+    counts_KC = torch.bincount(numbered_NK[codes_NK >= 0], minlength=num_rows * codebook_size)
+    counts_KC = counts_KC.view(num_rows, codebook_size).float()
+    share_KC = counts_KC / counts_KC.sum(1, keepdim=True).clamp_min(1.0)
+    return {
+        "perplexity": torch.exp(-(share_KC * share_KC.clamp_min(1e-12).log()).sum(1)),
+        "dead_fraction": (counts_KC == 0).float().mean(1),
+    }

@@ -1,13 +1,16 @@
-"""Residual and grouped residual vector quantization with codebooks learned by moving averages.
+"""Residual and grouped residual vector quantization, with codebooks learned by moving averages or by gradient.
 
 Shapes: B batch, D dims, F frames, N = B * F rows, S stages, G groups, C entries, K = S * G code rows, d = D / G.
 Code row k = stage * G + group. A prefix of whole stages is a lower rate of the same model.
 
 Source: SoundStream (Zeghidour et al. 2021) sections III.C-D for the residual chain, moving averages and quantizer
-dropout; HiFi-Codec (Yang et al. 2023) section 2.2 for groups; VQ-VAE (van den Oord et al. 2017) appendix A.1 for the
-moving averages. Unlike common implementations of these, here k-means initialisation survives the first update (sums
-hold mean * count), a restarted code stays restarted (sums and counts move with it), "dead" is relative to uniform use
-(no dependence on batch size), and the residual chain is detached, so every stage's commitment reaches the encoder.
+dropout; HiFi-Codec (Yang et al. 2023) section 2.2 for groups, and as published,
+https://github.com/yangdongchao/AcademiCodec, for learning by gradient; VQ-VAE (van den Oord et al. 2017) section 3.2
+for the losses and appendix A.1 for the moving averages. Unlike common implementations of these, here k-means
+initialisation survives the first update (sums hold mean * count), a restarted code stays restarted (sums and counts
+move with it), "dead" is relative to uniform use (no dependence on batch size), the residual chain is detached, so every
+stage's commitment reaches the encoder, and several processes learn what one would learn from all their batches.
+`recipes/published_bugs.py` has the other behaviour, to measure what it costs.
 """
 
 from __future__ import annotations
@@ -16,25 +19,32 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from codec.config import register
 from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
 from codec.quantizers.interface import Quantized, Quantizer, usage
+
+LEARNING = ("ema", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualVQConfig:
     """`num_stages` stages of `num_groups` codebooks with `codebook_size` entries over `latent_dim` dimensions.
 
-    `ema_decay` is the moving average's memory per update; a code used less than `dead_threshold` times the uniform
-    share is restarted from a latent of the current batch.
+    `learning`: "ema" by moving averages, in `Quantizer.update`; or "gradient", from the loss "codebook", the codebooks
+    being parameters of the optimizer. It does not change what a file of weights holds.
+
+    With "ema", `ema_decay` is the moving average's memory per update, and a code used less than `dead_threshold` times
+    the uniform share is restarted from a latent of the current batch.
     """
 
     latent_dim: int
     num_stages: int
     num_groups: int = 1
     codebook_size: int = 1024
+    learning: str = "ema"
     ema_decay: float = 0.99
     dead_threshold: float = 0.1
 
@@ -45,6 +55,10 @@ class ResidualVQConfig:
             raise ValueError(f"latent_dim={self.latent_dim} is not a multiple of num_groups={self.num_groups}")
         if not 0.0 < self.ema_decay < 1.0 or not 0.0 <= self.dead_threshold < 1.0:
             raise ValueError("ema_decay must lie in (0, 1) and dead_threshold in [0, 1)")
+        if self.learning not in LEARNING:
+            raise ValueError(f"learning={self.learning!r} is not one of {LEARNING}")
+        if self.learning == "gradient" and (self.ema_decay, self.dead_threshold) != (0.99, 0.1):
+            raise ValueError("ema_decay and dead_threshold have no meaning with learning='gradient': leave them out")
 
 
 @register("residual_vq", ResidualVQConfig)
@@ -53,6 +67,17 @@ class ResidualVQ(Quantizer):
 
     The state dict holds the codebooks only; the moving averages are training state (`training_state`), and where they
     are not restored they start as if every entry had been used alike.
+
+    `forward` gives the loss "commitment", which draws the latents to the entries, and, where these are learned by
+    gradient, "codebook", which draws the entries to the latents: its gradient is zero for all entries but the chosen
+    ones. Both are the mean over code rows of the mean square of what a stage leaves over. The stats, per code row:
+
+    - `perplexity` and `dead_fraction` as everywhere;
+    - `commitment`: the mean square of what is left after this row, over the frames that have it;
+    - `gradient_norm`: the norm of the gradient of the loss "commitment" with respect to the latents, as far as this row
+      makes it, by its formula and not by differentiation: `stage_gradient_norms` measures;
+    - `norm_ratio`: the root mean square of the chosen entries over that of what they are chosen for. Far below 1 from
+      the first row on: the codebook has lost the scale of the latents.
 
     >>> import torch
     >>> quantizer = ResidualVQ(ResidualVQConfig(latent_dim=8, num_stages=2, codebook_size=16))
@@ -70,13 +95,19 @@ class ResidualVQ(Quantizer):
         dim = config.latent_dim // config.num_groups
         self.codebook_sizes = (config.codebook_size,) * num_codebooks
         self.valid_num_quantizers = tuple(range(config.num_groups, num_codebooks + 1, config.num_groups))
-        self.register_buffer("codebooks", torch.randn(num_codebooks, config.codebook_size, dim))
+        if config.learning == "gradient":
+            bound = 1.0 / config.codebook_size
+            self.codebooks = nn.Parameter(torch.empty(num_codebooks, config.codebook_size, dim).uniform_(-bound, bound))
+        else:
+            self.register_buffer("codebooks", torch.randn(num_codebooks, config.codebook_size, dim))
         self._averages_KC_KCd: tuple[Tensor, Tensor] | None = None
         self._num_updates = 0
         self._offsets: tuple[object, Tensor] | None = None
 
     def _score_offsets(self) -> Tensor:
         """`score_offsets` of the codebooks as they are now, kept until they are written to or moved."""
+        if self.codebooks.requires_grad:  # fused optimizers write without leaving a trace
+            return score_offsets(self.codebooks.detach())
         key = (self.codebooks.data_ptr(), None if self.codebooks.is_inference() else self.codebooks._version)
         if self._offsets is None or self._offsets[0] != key:
             self._offsets = (key, score_offsets(self.codebooks))
@@ -96,7 +127,7 @@ class ResidualVQ(Quantizer):
             raise ValueError(f"codes must lie in -1..{self.config.codebook_size - 1}, got {codes.min()}..{codes.max()}")
         batch_size, num_rows, num_frames = codes.shape
         codes_NK = codes.transpose(1, 2).reshape(-1, num_rows)
-        latents_ND = rvq_decode(codes_NK, self.codebooks, num_groups=self.config.num_groups)
+        latents_ND = rvq_decode(codes_NK, self.codebooks.detach(), num_groups=self.config.num_groups)
         return latents_ND.view(batch_size, num_frames, self.config.latent_dim).transpose(1, 2)
 
     def forward(
@@ -106,110 +137,162 @@ class ResidualVQ(Quantizer):
         groups, num_codebooks = self.config.num_groups, len(self.codebook_sizes)
         rows_ND = latents.float().transpose(1, 2).reshape(-1, num_dims)
         if isinstance(num_quantizers, Tensor):
-            if not set(num_quantizers.tolist()) <= set(self.valid_num_quantizers):
-                raise ValueError(
-                    f"num_quantizers={num_quantizers.tolist()}: each must be one of {self.valid_num_quantizers}"
-                )
-            per_item = num_quantizers.to(latents.device)
+            given = num_quantizers.tolist()
+            if not set(given) <= set(self.valid_num_quantizers):
+                raise ValueError(f"num_quantizers={given}: each must be one of {self.valid_num_quantizers}")
+            num_rows, per_item = max(given), num_quantizers.to(latents.device)
         else:
-            per_item = torch.full((batch_size,), self.check_num_quantizers(num_quantizers), device=latents.device)
-        present_NK = (
-            torch.arange(num_codebooks, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
-        )
+            num_rows = self.check_num_quantizers(num_quantizers)
+            per_item = torch.full((batch_size,), num_rows, device=latents.device)
+        present_NK = torch.arange(num_rows, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
         if mask is not None:
             present_NK = present_NK & mask.reshape(-1, 1)
-        codes_NK = rvq_search(rows_ND, self.codebooks, num_groups=groups)
+        codes_NK = rvq_search(rows_ND, self.codebooks[:num_rows], num_groups=groups)
         codes_NK = torch.where(present_NK, codes_NK, -1)
 
         # The chain is detached: stage s sees the latents minus constants, so its commitment reaches the encoder.
         residuals_Nd = list(rows_ND.view(-1, groups, num_dims // groups).unbind(1))
-        commitment = rows_ND.new_zeros(())
-        for row in range(num_codebooks):
-            entries_Nd = self.codebooks[row, codes_NK[:, row].clamp_min(0)]
-            entries_Nd = torch.where(present_NK[:, row, None], entries_Nd, 0.0)
+        tables_Cd = self.codebooks.unbind(0)
+        left_over_N = [_mean_square(part_Nd) for part_Nd in residuals_Nd]  # before the first stage, then after each row
+        entries_power_N, codebook_errors_N = [], []
+        for row in range(num_rows):
+            entries_Nd = F.embedding(codes_NK[:, row].clamp_min(0), tables_Cd[row])
+            if self.config.learning == "gradient":
+                codebook_errors_N.append(_mean_square(entries_Nd - residuals_Nd[row % groups].detach()))
+            entries_Nd = entries_Nd.detach()
+            entries_power_N.append(_mean_square(entries_Nd))
             residuals_Nd[row % groups] = residuals_Nd[row % groups] - entries_Nd
-            weight_N = present_NK[:, row].float()
-            error = residuals_Nd[row % groups].square().mean(-1)
-            commitment = commitment + (error * weight_N).sum() / weight_N.sum().clamp_min(1.0)
-        commitment = commitment / num_codebooks
+            left_over_N.append(_mean_square(residuals_Nd[row % groups]))
+        counts_K = present_NK.sum(0).clamp_min(1)
 
-        quantized_ND = rvq_decode(codes_NK, self.codebooks, num_groups=groups)
+        def means_K(values_N: list[Tensor]) -> Tensor:
+            mean_K = (torch.stack(values_N, dim=1) * present_NK).sum(0) / counts_K
+            return F.pad(mean_K, (0, num_codebooks - num_rows))
+
+        commitment_K = means_K(left_over_N[groups:])
+        losses = {"commitment": commitment_K.mean()}
+        if codebook_errors_N:
+            losses["codebook"] = means_K(codebook_errors_N).mean()
+        codes_NK = F.pad(codes_NK, (0, num_codebooks - num_rows), value=-1)
+        stats = usage(codes_NK, self.config.codebook_size)
+        stats["commitment"] = commitment_K.detach()
+        # The derivative of mean(r^2) / K over n rows of d dims is 2 r / (n d K).
+        num_values_K = F.pad(counts_K, (0, num_codebooks - num_rows), value=1) * (num_dims // groups)
+        stats["gradient_norm"] = 2.0 / num_codebooks * (stats["commitment"] / num_values_K).sqrt()
+        power_K = means_K(left_over_N[:-groups]).detach()
+        stats["norm_ratio"] = (means_K(entries_power_N) / power_K.clamp_min(1e-20)).sqrt()
+
+        quantized_ND = rvq_decode(codes_NK[:, :num_rows], self.codebooks.detach(), num_groups=groups)
         rows_ND = rows_ND + (quantized_ND - rows_ND).detach()
         return Quantized(
             latents=rows_ND.view(batch_size, num_frames, num_dims).transpose(1, 2),
             codes=codes_NK.view(batch_size, num_frames, num_codebooks).transpose(1, 2),
-            losses={"commitment": commitment},
-            stats=usage(codes_NK, self.config.codebook_size),
+            losses=losses,
+            stats=stats,
             inputs=latents.detach().float(),
         )
 
     @torch.no_grad()
     def update(self, *quantized: Quantized) -> None:
-        """Move the codebooks towards what was assigned to them; restart dead codes. All-reduced under DDP.
+        """Move the codebooks towards what was assigned to them; restart dead codes. Nothing where they are parameters.
+
+        Several processes move theirs alike, as one process would that had all their frames.
 
         A quantizer that was not initialised learns from its random entries on; call `initialize` first.
         """
         config, groups = self.config, self.config.num_groups
+        if config.learning == "gradient":
+            return
         rows_ND = torch.cat([q.inputs.transpose(1, 2).reshape(-1, config.latent_dim) for q in quantized])
         codes_NK = torch.cat([q.codes.transpose(1, 2).reshape(-1, len(self.codebook_sizes)) for q in quantized])
         residual_NGd = rows_ND.view(-1, groups, config.latent_dim // groups).clone()
         generator = torch.Generator(rows_ND.device).manual_seed(self._num_updates)
         self._num_updates += 1
-        for row in range(codes_NK.shape[1]):
-            present_N = codes_NK[:, row] >= 0
-            codes_n = codes_NK[present_N, row]
-            inputs_nd = residual_NGd[present_N, row % groups]
-            counts_C = torch.bincount(codes_n, minlength=config.codebook_size).to(inputs_nd.dtype)
-            sums_Cd = torch.zeros_like(self.codebooks[row]).index_add_(0, codes_n, inputs_nd)
-            counts_C, sums_Cd = _all_reduce(counts_C), _all_reduce(sums_Cd)
-            candidates_Cd, is_drawn_C = _draw_inputs(inputs_nd, config.codebook_size, generator)
-            residual_NGd[present_N, row % groups] -= self.codebooks[row, codes_n]
-            if counts_C.sum() > 0:
-                self._move(row, counts_C, sums_Cd, candidates_Cd, is_drawn_C)
+        present_NK = codes_NK >= 0
+        first_K, total_K = (places.tolist() for places in self._places(present_NK.sum(0)))
+        num_rows = sum(total > 0 for total in total_K)  # a prefix: later stages were left out everywhere
+        sums_KCd, drawn_KCd = (torch.zeros_like(self.codebooks[:num_rows]) for _ in range(2))
+        counts_KC = torch.zeros_like(sums_KCd[:, :, 0])
+        size = (config.codebook_size,)
+        for row in range(num_rows):
+            codes_n = codes_NK[present_NK[:, row], row]
+            inputs_nd = residual_NGd[present_NK[:, row], row % groups]
+            counts_KC[row] = torch.bincount(codes_n, minlength=config.codebook_size)
+            sums_KCd[row].index_add_(0, codes_n, inputs_nd)
+            chosen_C = torch.randint(total_K[row], size, generator=generator, device=rows_ND.device)
+            drawn_KCd[row] = _share_of(inputs_nd, chosen_C, first_K[row])
+            residual_NGd[present_NK[:, row], row % groups] -= self.codebooks[row, codes_n]
+        self._move(*map(self._all_reduce, (counts_KC, sums_KCd, drawn_KCd)))
 
-    def _move(self, row: int, counts_C: Tensor, sums_Cd: Tensor, candidates_Cd: Tensor, is_drawn_C: Tensor) -> None:
-        mean_C, total_Cd = (average[row] for average in self._averages())
-        mean_C.lerp_(counts_C, 1.0 - self.config.ema_decay)
-        total_Cd.lerp_(sums_Cd, 1.0 - self.config.ema_decay)
-        uniform = mean_C.mean()
-        dead_C = (mean_C < self.config.dead_threshold * uniform) & is_drawn_C
+    def _move(self, counts_KC: Tensor, sums_KCd: Tensor, drawn_KCd: Tensor) -> None:
+        """Learn from what fell on each entry of the first rows, and restart dead ones at what was drawn."""
+        mean_KC, total_KCd = (average[: len(counts_KC)] for average in self._averages())
+        mean_KC.lerp_(counts_KC, 1.0 - self.config.ema_decay)
+        total_KCd.lerp_(sums_KCd, 1.0 - self.config.ema_decay)
+        self._restart(self._dead(mean_KC), drawn_KCd, mean_KC, total_KCd)
+        torch.div(total_KCd, mean_KC.clamp_min(1e-5)[:, :, None], out=self.codebooks[: len(counts_KC)])
+
+    def _dead(self, mean_KC: Tensor) -> Tensor:
+        return mean_KC < self.config.dead_threshold * mean_KC.mean(1, keepdim=True)
+
+    def _restart(self, dead_KC: Tensor, drawn_KCd: Tensor, mean_KC: Tensor, total_KCd: Tensor) -> None:
         # Sums and counts move with the entry, or the next update would undo the restart.
-        total_Cd.copy_(torch.where(dead_C[:, None], candidates_Cd * uniform, total_Cd))
-        mean_C.copy_(torch.where(dead_C, uniform, mean_C))
-        self.codebooks[row] = total_Cd / mean_C.clamp_min(1e-5)[:, None]
+        uniform_KC = mean_KC.mean(1, keepdim=True).expand_as(mean_KC)
+        total_KCd[dead_KC] = drawn_KCd[dead_KC] * uniform_KC[dead_KC][:, None]
+        mean_KC[dead_KC] = uniform_KC[dead_KC]
 
     @property
     def num_frames_to_initialize(self) -> int:
-        return 16 * self.config.codebook_size
+        return 0 if self.config.learning == "gradient" else 16 * self.config.codebook_size
 
     @torch.no_grad()
     def initialize(self, latents: Tensor, *, num_iterations: int = 10, seed: int = 0) -> None:
-        """Set the codebooks by k-means, stage after stage."""
-        rows_ND = latents.detach().float().transpose(1, 2).reshape(-1, self.config.latent_dim)
-        if rows_ND.shape[0] < self.config.codebook_size:
-            raise ValueError(f"{rows_ND.shape[0]} frames are too few to initialise {self.config.codebook_size} entries")
-        groups = self.config.num_groups
-        residual_NGd = rows_ND.view(-1, groups, self.config.latent_dim // groups).clone()
+        """Set the codebooks by k-means, stage after stage, over the latents of all processes.
+
+        Nothing where they are learned by gradient, from small random values.
+        """
+        config, groups = self.config, self.config.num_groups
+        if config.learning == "gradient":
+            return
+        rows_ND = latents.detach().float().transpose(1, 2).reshape(-1, config.latent_dim)
+        first, total = map(int, self._places(torch.tensor(len(rows_ND), device=rows_ND.device)))
+        if total < config.codebook_size:
+            raise ValueError(f"{total} frames are too few to initialise {config.codebook_size} entries")
+        residual_NGd = rows_ND.view(-1, groups, config.latent_dim // groups).clone()
         generator = torch.Generator(rows_ND.device).manual_seed(seed)
         mean_KC, total_KCd = self._averages()
         for row in range(len(self.codebook_sizes)):
             points_Nd = residual_NGd[:, row % groups]
-            entries_Cd, counts_C = _k_means(points_Nd, self.config.codebook_size, num_iterations, generator)
-            _broadcast(entries_Cd)
-            _broadcast(counts_C)
+            chosen_C = torch.randperm(total, generator=generator, device=rows_ND.device)[: config.codebook_size]
+            entries_Cd = self._all_reduce(_share_of(points_Nd, chosen_C, first))
+            for _ in range(num_iterations):
+                counts_C, sums_Cd = self._assigned(points_Nd, entries_Cd)
+                # An entry that loses all points keeps its place.
+                entries_Cd = torch.where(counts_C[:, None] > 0, sums_Cd / counts_C.clamp_min(1.0)[:, None], entries_Cd)
             self.codebooks[row] = entries_Cd
             # The average holds counts per update; k-means saw all at once. Any scale works while sums match. An entry
             # without points keeps a trace of weight, and so its place until it is restarted.
             mean_KC[row] = counts_C.clamp_min(0.01)
             total_KCd[row] = entries_Cd * mean_KC[row, :, None]
-            codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
-            residual_NGd[:, row % groups] -= entries_Cd[codes_N]
+            residual_NGd[:, row % groups] -= entries_Cd[rvq_search(points_Nd, entries_Cd[None])[:, 0]]
+
+    def _assigned(self, points_Nd: Tensor, entries_Cd: Tensor) -> tuple[Tensor, Tensor]:
+        """How many points of all processes are nearest to each entry [C], and their sums [C, d]."""
+        codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
+        counts_C = torch.bincount(codes_N, minlength=len(entries_Cd)).to(points_Nd.dtype)
+        sums_Cd = torch.zeros_like(entries_Cd).index_add_(0, codes_N, points_Nd)
+        return self._all_reduce(counts_C), self._all_reduce(sums_Cd)
 
     def training_state(self) -> dict[str, Tensor]:
+        if self.config.learning == "gradient":
+            return {}
         mean_KC, total_KCd = self._averages()
         return {"counts": mean_KC, "sums": total_KCd, "num_updates": torch.tensor(self._num_updates)}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
+        if self.config.learning == "gradient":
+            super().load_training_state(state)
+            return
         self._averages_KC_KCd = (state["counts"].to(self.codebooks), state["sums"].to(self.codebooks))
         self._num_updates = int(state["num_updates"])
 
@@ -221,50 +304,35 @@ class ResidualVQ(Quantizer):
         self._averages_KC_KCd = (mean_KC, total_KCd)
         return self._averages_KC_KCd
 
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        """Add up, in place, the values of all processes."""
+        if _is_distributed():
+            torch.distributed.all_reduce(values)
+        return values
 
-def _k_means(
-    points_Nd: Tensor, num_entries: int, num_iterations: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Entries [C, d] and how many points each has [C]; an entry that loses all points keeps its place."""
-    chosen = torch.randperm(points_Nd.shape[0], generator=generator, device=points_Nd.device)[:num_entries]
-    entries_Cd = points_Nd[chosen].clone()
-    counts_C = points_Nd.new_ones(num_entries)
-    for _ in range(num_iterations):
-        codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
-        counts_C = torch.bincount(codes_N, minlength=num_entries).to(points_Nd.dtype)
-        sums_Cd = torch.zeros_like(entries_Cd).index_add_(0, codes_N, points_Nd)
-        entries_Cd = torch.where(counts_C[:, None] > 0, sums_Cd / counts_C.clamp_min(1.0)[:, None], entries_Cd)
-    return entries_Cd, counts_C
-
-
-def _draw_inputs(inputs_nd: Tensor, num_entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One random input per entry [C, d], the same on every process, and which entries got one [C].
-
-    Each process draws for its share of the entries; one that has no inputs in this batch leaves its share undrawn.
-    """
-    rank, num_ranks = 0, 1
-    if _is_distributed():
+    def _places(self, num_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where this process's rows begin among those of all processes, in the order of ranks, and how many all are."""
+        if not _is_distributed():
+            return torch.zeros_like(num_rows), num_rows
         rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    drawn_Cd = inputs_nd.new_zeros(num_entries, inputs_nd.shape[1])
-    is_drawn_C = torch.zeros(num_entries, device=inputs_nd.device)
-    if inputs_nd.shape[0]:
-        chosen_C = torch.randint(inputs_nd.shape[0], (num_entries,), generator=generator, device=inputs_nd.device)
-        drawn_Cd[rank::num_ranks] = inputs_nd[chosen_C[rank::num_ranks]]
-        is_drawn_C[rank::num_ranks] = 1.0
-    return _all_reduce(drawn_Cd), _all_reduce(is_drawn_C) > 0
+        by_rank = num_rows.new_zeros(num_ranks, *num_rows.shape)
+        by_rank[rank] = num_rows
+        self._all_reduce(by_rank)
+        return by_rank[:rank].sum(0), by_rank.sum(0)
+
+
+def _mean_square(values_Nd: Tensor) -> Tensor:
+    return values_Nd.square().mean(-1)
+
+
+def _share_of(rows_Nd: Tensor, chosen_C: Tensor, first: int) -> Tensor:
+    """The chosen rows [C, d] of all processes, as far as they are among these, the first of which is row `first`."""
+    chosen_C = chosen_C - first
+    mine_C = (chosen_C >= 0) & (chosen_C < len(rows_Nd))
+    share_Cd = rows_Nd.new_zeros(len(chosen_C), rows_Nd.shape[1])
+    share_Cd[mine_C] = rows_Nd[chosen_C[mine_C]]
+    return share_Cd
 
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _all_reduce(values: Tensor) -> Tensor:
-    if _is_distributed():
-        torch.distributed.all_reduce(values)
-    return values
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    if _is_distributed():
-        torch.distributed.broadcast(values, src=0)
-    return values

@@ -1,0 +1,104 @@
+"""Any checkpoint that this package reads, told by what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+
+from codec.importers.checkpoint import read_checkpoint
+from codec.models.interface import Codec
+
+KINDS = ("encodec", "dac", "hificodec")
+# Names of tensors that one kind has in either layout, and no other.
+_TELLING_NAMES = {
+    "encodec": r"quantizer\.(vq\.)?layers\.\d+\.(_codebook|codebook)\.embed$",
+    "dac": r"quantizer\.quantizers\.\d+\.codebook\.weight$",
+    "hificodec": r"quantizer\.quantizer_modules\.\d+\.embedding\.weight$",
+}
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    sample_rate_hz: int | None = None,
+    allow_pickle: bool = False,
+) -> Codec:
+    """A checkpoint of another project as a codec, ready for use: float32, in evaluation mode, without gradients.
+
+    `source` is a file or a folder, as the importer of its `kind` takes it (one of `KINDS`); by default the kind is told
+    by the folder's config.json or by the names of tensors. `sample_rate_hz` decides where nothing else does (HiFi-Codec
+    for 16 and 24 kHz); elsewhere it must be the model's. Only safetensors are read, unless `allow_pickle`.
+
+    ValueError for a source that is no checkpoint of these kinds, and whatever the importer finds wrong with it.
+    """
+    if kind is None:
+        kind = detect_kind(source, allow_pickle=allow_pickle)
+    codec: Codec
+    if kind == "encodec":
+        from codec.importers.encodec import load_encodec
+
+        codec = load_encodec(source, allow_pickle=allow_pickle)
+    elif kind == "dac":
+        from codec.importers.dac import load_dac
+
+        codec = load_dac(source, allow_pickle=allow_pickle)
+    elif kind == "hificodec":
+        from codec.importers.hificodec import load_hificodec
+
+        codec = load_hificodec(source, sample_rate_hz=sample_rate_hz, allow_pickle=allow_pickle)
+    else:
+        raise ValueError(f"kind={kind!r} is not one of {KINDS}")
+    if sample_rate_hz not in (None, codec.sample_rate_hz):
+        raise ValueError(f"{os.fspath(source)} is a model for {codec.sample_rate_hz} Hz, not for {sample_rate_hz} Hz")
+    return codec
+
+
+def detect_kind(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> str:
+    """Which of `KINDS` a file or folder holds. ValueError where it is none of them."""
+    path = Path(source)
+    found = _kind_of_folder(path) if path.is_dir() else _kind_of_names(_names(path, allow_pickle=allow_pickle))
+    if found is None:
+        raise ValueError(f"{path} is no checkpoint that is known ({', '.join(KINDS)}); if it is one, say which kind")
+    return found
+
+
+def _kind_of_folder(folder: Path) -> str | None:
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        return None
+    if data.get("model_type") in ("encodec", "dac"):
+        return str(data["model_type"])
+    return "hificodec" if "upsample_rates" in data else None
+
+
+def _names(path: Path, *, allow_pickle: bool) -> list[str]:
+    """The names of a file's tensors; of dicts of tensors in it, too, after the dict's own."""
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        except Exception as error:  # safetensors raises its own type
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    content = read_checkpoint(path, allow_pickle=allow_pickle)
+    if not isinstance(content, dict):
+        return []
+    parts = [(f"{part}.", value) for part, value in content.items() if isinstance(value, dict)]
+    return [f"{prefix}{key}" for prefix, tensors in [("", content), *parts] for key in tensors]
+
+
+def _kind_of_names(names: Iterable[str]) -> str | None:
+    for name in names:
+        for kind, pattern in _TELLING_NAMES.items():
+            if re.search(rf"^(state_dict\.)?{pattern}", name):
+                return kind
+    return None
