@@ -1,159 +1,143 @@
-"""Training audio: one flat int16 file on disk, random crops out of it.
+"""What training and validation hear: batches of crops, in an order that follows from (seed, step, rank) alone.
 
-Decoding thousands of small compressed files in every epoch costs more CPU than the model does, so
-`pack_audio` decodes and resamples everything once into `audio.i16` with an `index.json` beside it.
-Crops are drawn by (seed, item), so a run that is resumed sees the data it would have seen.
+    train_dataloader(), val_dataloader() -> batches `Batch(audio, items)`
+    SpeechData.describe(item) -> "the file of an item, and its first sample"
+
+Any number of workers, a run that was interrupted, and two processes with half the batch each see the same items.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
-import soundfile
 import torch
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from codec.audio import find_audio, resample
+from recipes.augment import Augmentation, AugmentConfig
+from recipes.corpora import Corpus, PackedCorpus, open_corpus
+from recipes.crops import Crops, Pool
+from recipes.recordings import Skipped
+
+_SHOWN = 10  # skipped recordings that a warning names
+
+
+class Batch(NamedTuple):
+    """Crops and their numbers; `SpeechData.describe` tells where a number comes from."""
+
+    audio: Tensor  # float32 [B, C, T]
+    items: Tensor  # int64 [B]
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One recording inside a packed file: where it lies and where it came from."""
+class SourceSettings:
+    """One source of recordings, of any kind that `recipes.corpora` knows; `split` chooses rows of a manifest.
 
-    path: str
-    corpus: str
-    speaker: str
-    text: str
-    first_sample: int
-    num_samples: int
+    `weight` says how often its recordings are drawn relative to their seconds.
+    """
+
+    source: str
+    weight: float = 1.0
+    split: str | None = None
 
 
 @dataclass(frozen=True)
-class _Source:
-    file: Path
-    path: str
-    corpus: str = "audio"
-    speaker: str = ""
-    text: str = ""
+class DataSettings:
+    """The section `data` of a run; see `configs/data/packed.yaml` for every value, `AugmentConfig` for its last ones.
 
-
-def _sources(source: Path, split: str) -> list[_Source]:
-    """Recordings named by a manifest (7 tab-separated columns, see `pack_audio`) or found under a folder."""
-    if source.is_dir():
-        return [_Source(f, str(f.relative_to(source)), speaker=f.parent.name) for f in find_audio(source)]
-    if not source.is_file():
-        raise ValueError(f"{source} is neither a folder of audio nor a manifest")
-    with source.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if any(len(row) != 7 for row in rows):
-        raise ValueError(f"{source}: every line must have 7 tab-separated columns")
-    found = [_Source(source.parent / r[0], r[0], r[2], r[3], r[6]) for r in rows if r[1] == split]
-    if not found:
-        raise ValueError(f"{source} has no rows of split {split!r} (it has {sorted({r[1] for r in rows})})")
-    return found
-
-
-def _decode(source: _Source, sample_rate_hz: int) -> np.ndarray:
-    audio, rate_hz = soundfile.read(source.file, dtype="float32", always_2d=True)
-    mono = resample(audio.mean(axis=1)[None], rate_hz, sample_rate_hz)[0]
-    samples: np.ndarray = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
-    return samples
-
-
-def pack_audio(source: Path, out: Path, *, sample_rate_hz: int, split: str = "train", num_workers: int = 1) -> int:
-    """Decode, mix down and resample recordings into `out/audio.i16` and `out/index.json`; return the sample count.
-
-    `source` is a folder of audio files or a manifest without header whose tab-separated columns are path (relative to
-    the manifest), split, corpus, speaker, rate, seconds, text. Raises ValueError where it is neither.
-    """
-    sources = _sources(source, split)
-    out.mkdir(parents=True, exist_ok=True)
-    clips: list[Clip] = []
-    total = 0
-    partial_file = out / "audio.i16.partial"
-    with partial_file.open("wb") as packed, ProcessPoolExecutor(num_workers) as pool:
-        decoded: Iterator[np.ndarray] = pool.map(partial(_decode, sample_rate_hz=sample_rate_hz), sources, chunksize=8)
-        for item, audio in zip(sources, decoded, strict=True):
-            packed.write(audio.tobytes())
-            clips.append(Clip(item.path, item.corpus, item.speaker, item.text, total, len(audio)))
-            total += len(audio)
-    partial_file.replace(out / "audio.i16")
-    index = {"sample_rate_hz": sample_rate_hz, "num_samples": total, "clips": [asdict(c) for c in clips]}
-    (out / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    return total
-
-
-class PackedSpeech(Dataset[Tensor]):
-    """Random crops of a packed set: item i is a float32 tensor [1, crop_samples] in -1..1, drawn by (seed, i).
-
-    There is no end to the items; `RunSampler` says which ones an epoch has. `corpus_weights` scales how often a
-    corpus is drawn relative to its size in samples (1.0 where unnamed; 0 leaves it out). A crop whose RMS is below
-    `min_rms_db` is drawn again, up to three times, so that long silences are seen but do not fill the batches. Gain is
-    drawn uniformly in decibels from `gain_db`, and held back where it would clip.
+    Training and validation take either a single source (`train_dir`, `dev_dir`) or several (`train`, `dev`).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        sample_rate_hz: int,
-        crop_samples: int,
-        seed: int,
-        corpus_weights: Mapping[str, float] | None = None,
-        min_rms_db: float = -45.0,
-        gain_db: Sequence[float] = (0.0, 0.0),
-    ) -> None:
-        if not (folder / "index.json").is_file():
-            raise ValueError(
-                f"{folder} holds no packed audio; make it with: python -m tools.prepare_data SOURCE {folder}"
-            )
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["sample_rate_hz"] != sample_rate_hz:
-            raise ValueError(f"{folder} is packed at {index['sample_rate_hz']} Hz, the model needs {sample_rate_hz} Hz")
-        self.clips = [Clip(**c) for c in index["clips"]]
-        weights = dict(corpus_weights or {})
-        unknown = set(weights) - {c.corpus for c in self.clips}
-        if unknown:
-            raise ValueError(f"corpus_weights names {sorted(unknown)}, which {folder} does not hold")
-        mass = np.array([c.num_samples * weights.get(c.corpus, 1.0) for c in self.clips])
-        if mass.sum() <= 0:
-            raise ValueError(f"{folder}: corpus_weights leave nothing to draw")
-        self._cumulative = np.cumsum(mass) / mass.sum()
-        self._audio = np.memmap(folder / "audio.i16", dtype=np.int16, mode="r", shape=(index["num_samples"],))
-        self.crop_samples = crop_samples
-        self.seed = seed
-        self.min_rms = 10.0 ** (min_rms_db / 20.0)
-        self.gain_db = (float(gain_db[0]), float(gain_db[1]))
+    train_dir: str | None = None
+    train: list[SourceSettings] | None = None
+    dev_dir: str | None = None
+    dev: list[SourceSettings] | None = None
+    batch_size: int = 16
+    crop_samples: int = 16000
+    steps_per_epoch: int = 250
+    num_workers: int = 1
+    corpus_weights: dict[str, float] = field(default_factory=dict)
+    min_rms_db: float = -45.0
+    num_dev_items: int = 32
+    dev_crop_samples: int = 48000
+    noise_source: str | None = None
+    reverb_source: str | None = None
+    loudness_lufs: float | None = None
+    gain_db: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    noise_probability: float = 0.0
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])
+    reverb_probability: float = 0.0
+    reverb_decay_ms: list[float] = field(default_factory=lambda: [100.0, 600.0])
+    reverb_direct_db: list[float] = field(default_factory=lambda: [0.0, 15.0])
 
-    def __getitem__(self, item: int) -> Tensor:
-        rng = np.random.default_rng((self.seed, item))
-        crop = self._crop(rng)
-        for _ in range(3):
-            if np.sqrt(np.mean(np.square(crop))) >= self.min_rms:
-                break
-            crop = self._crop(rng)
-        gain = 10.0 ** (rng.uniform(*self.gain_db) / 20.0)
-        peak = float(np.abs(crop).max())
-        return torch.from_numpy(crop * np.float32(min(gain, 1.0 / max(peak, 1e-6))))[None]
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "crop_samples", "steps_per_epoch", "num_dev_items", "dev_crop_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, not {self.num_workers}")
+        for split in ("train", "dev"):
+            if (getattr(self, split) is None) == (getattr(self, f"{split}_dir") is None):
+                raise ValueError(f"{split}_dir, or else {split} with a list of sources, must be given, and not both")
+            if getattr(self, split) == []:
+                raise ValueError(f"{split} is an empty list of sources")
+        if (self.noise_source is None) != (self.noise_probability == 0.0):
+            raise ValueError("noise_source and noise_probability need each other")
+        if self.reverb_source is not None and self.reverb_probability == 0.0:
+            raise ValueError("reverb_source is given, but reverb_probability is 0")
+        self.augment  # noqa: B018  (checks its values)
 
-    def _crop(self, rng: np.random.Generator) -> np.ndarray:
-        clip = self.clips[min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self.clips) - 1)]
-        slack = clip.num_samples - self.crop_samples
-        start = clip.first_sample + (int(rng.integers(slack + 1)) if slack > 0 else 0)
-        crop = self._audio[start : start + min(self.crop_samples, clip.num_samples)].astype(np.float32) / 32768.0
-        if slack < 0:
-            crop = np.pad(crop, (0, -slack))
-        return crop
+    @property
+    def augment(self) -> AugmentConfig:
+        """What is done to training crops."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(AugmentConfig)}
+        for name, value in values.items():
+            if isinstance(value, list):
+                if len(value) != 2:
+                    raise ValueError(f"{name} must be [lowest, highest], not {value}")
+                values[name] = (value[0], value[1])
+        return AugmentConfig(**values)
+
+    def sources(self, split: str) -> list[SourceSettings]:
+        """Those of "train" or "dev"; a manifest's rows are of that split where nothing else is said."""
+        folder: str | None = getattr(self, f"{split}_dir")
+        if folder is not None:
+            return [SourceSettings(folder, split=split)]
+        named: list[SourceSettings] = getattr(self, split)
+        return [SourceSettings(s.source, s.weight, s.split or split) for s in named]
+
+
+def parse_data(config: Any) -> DataSettings:
+    """The settings in a mapping; a ValueError of one line tells the dotted path of what is wrong."""
+    if isinstance(config, DataSettings):
+        return config
+    for split in ("train", "dev"):  # apart, since OmegaConf does not tell paths within lists
+        sources = config.get(split) or []
+        if isinstance(sources, str) or not all(isinstance(source, Mapping) for source in sources):
+            raise ValueError(f"data.{split} must be a list of mappings with source, weight and split")
+        for index, source in enumerate(sources):
+            _structured(SourceSettings, source, f"data.{split}[{index}]")
+    settings = _structured(DataSettings, config, "data")
+    assert isinstance(settings, DataSettings)
+    return settings
+
+
+def _structured(settings_class: type, config: Any, path: str) -> Any:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings_class), config))
+    except OmegaConfBaseException as error:
+        where = f"{path}.{error.full_key}" if error.full_key else path
+        raise ValueError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}.{str(error).splitlines()[0]}") from error
 
 
 class RunSampler(Sampler[int]):
@@ -178,38 +162,158 @@ class RunSampler(Sampler[int]):
 
 
 class SpeechData(pl.LightningDataModule):
-    """Training crops from `train_dir` and a fixed set of validation crops from `dev_dir`, both packed."""
+    """Training crops and a fixed set of validation crops, as batches `Batch`.
 
-    def __init__(self, config: DictConfig, *, sample_rate_hz: int, seed: int) -> None:
+    `config` is the section `data` of a run: `DataSettings`, or a mapping with its keys. The items of a step follow from
+    the trainer's `global_step`. Recordings that cannot be used are warned about, and are listed in a file
+    `output_dir/skipped.tsv`.
+
+    ValueError, at the latest from `setup`, for settings that cannot be, sources without a usable recording, and
+    recordings that are all shorter than a crop.
+    """
+
+    def __init__(
+        self,
+        config: DataSettings | Mapping[str, Any],
+        *,
+        sample_rate_hz: int,
+        seed: int,
+        num_channels: int = 1,
+        output_dir: Path | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.sample_rate_hz = sample_rate_hz
+        self.settings = parse_data(config)
+        self.sample_rate_hz, self.num_channels = sample_rate_hz, num_channels
         self.seed = seed
+        self.output_dir = output_dir
+        self._train: Crops | None = None
+        self._dev: Crops | None = None
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        trainer, config = self.trainer, self.config
-        assert trainer is not None
-        items_per_step = config.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        dataset = PackedSpeech(
-            Path(config.train_dir),
+    def setup(self, stage: str | None = None) -> None:
+        """Open all sources, once. Lightning calls this in every process."""
+        settings = self.settings
+        if self._train is not None:
+            return
+        train, dev = self._pool("train"), self._pool("dev")
+        skipped = [(name, s) for name, pool in (("train", train), ("dev", dev)) for s in pool.skipped]
+        draw_noise = draw_room = None
+        if settings.noise_source is not None:
+            noise = self._open("noise_source", [SourceSettings(settings.noise_source)])
+            skipped += [("noise_source", s) for s in noise.skipped]
+            draw_noise = noise.draw_loop
+        if settings.reverb_source is not None:
+            rooms = self._open("reverb_source", [SourceSettings(settings.reverb_source)])
+            skipped += [("reverb_source", s) for s in rooms.skipped]
+            draw_room = rooms.draw_response
+        self._report(skipped)
+        augmentation = Augmentation(
+            settings.augment,
             sample_rate_hz=self.sample_rate_hz,
-            crop_samples=config.crop_samples,
-            seed=self.seed,
-            corpus_weights=config.corpus_weights,
-            min_rms_db=config.min_rms_db,
-            gain_db=config.gain_db,
+            num_channels=self.num_channels,
+            noise=draw_noise,
+            room=draw_room,
         )
+        level_only = Augmentation(
+            AugmentConfig(loudness_lufs=settings.loudness_lufs),
+            sample_rate_hz=self.sample_rate_hz,
+            num_channels=self.num_channels,
+        )
+        self._dev = self._crops(dev, settings.dev_crop_samples, seed=0, augmentation=level_only)
+        self._train = self._crops(train, settings.crop_samples, seed=self.seed, augmentation=augmentation)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Batches of the next epoch."""
+        self.setup()
+        trainer, settings = self.trainer, self.settings
+        assert trainer is not None
+        assert self._train is not None
+        items_per_step = settings.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         sampler = RunSampler(
-            items_per_step * config.steps_per_epoch,
+            items_per_step * settings.steps_per_epoch,
             lambda: items_per_step * int(trainer.global_step),
             rank=trainer.global_rank,
             num_ranks=trainer.world_size,
         )
-        return DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        config = self.config
-        dataset = PackedSpeech(
-            Path(config.dev_dir), sample_rate_hz=self.sample_rate_hz, crop_samples=config.dev_crop_samples, seed=0
+        return DataLoader(
+            self._train,
+            settings.batch_size,
+            sampler=sampler,
+            num_workers=settings.num_workers,
+            collate_fn=collate,
+            persistent_workers=settings.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
-        return DataLoader(dataset, config.batch_size, sampler=range(config.num_dev_items))
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """The same crops in every process and every time, their level set but not augmented."""
+        self.setup()
+        assert self._dev is not None
+        settings = self.settings
+        return DataLoader(self._dev, settings.batch_size, sampler=range(settings.num_dev_items), collate_fn=collate)
+
+    def describe(self, item: int) -> str:
+        """Where a training item comes from: its file, and its first sample at that file's rate."""
+        self.setup()
+        assert self._train is not None
+        return str(self._train.place(item))
+
+    def _pool(self, split: str) -> Pool:
+        weights = self.settings.corpus_weights if split == "train" else None
+        pool = self._open(split, self.settings.sources(split), weights)
+        name = "crop_samples" if split == "train" else "dev_crop_samples"
+        wanted = getattr(self.settings, name)
+        if pool.longest_samples < wanted:
+            raise ValueError(
+                f"data.{split}: all {pool.num_recordings} recordings are shorter than data.{name}={wanted}; "
+                f"the longest has {pool.longest_samples} samples at {self.sample_rate_hz} Hz"
+            )
+        return pool
+
+    def _open(
+        self, name: str, sources: Sequence[SourceSettings], corpus_weights: Mapping[str, float] | None = None
+    ) -> Pool:
+        corpora: list[tuple[Corpus, float]] = []
+        try:
+            for source in sources:
+                corpus = open_corpus(Path(source.source), split=source.split)
+                if isinstance(corpus, PackedCorpus) and corpus.sample_rate_hz != self.sample_rate_hz:
+                    rates = f"{corpus.sample_rate_hz} Hz, the model needs {self.sample_rate_hz} Hz"
+                    raise ValueError(f"{corpus.source} is packed at {rates}")
+                corpora.append((corpus, source.weight))
+            return Pool(
+                corpora,
+                sample_rate_hz=self.sample_rate_hz,
+                num_channels=self.num_channels,
+                corpus_weights=corpus_weights,
+            )
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
+
+    def _crops(self, pool: Pool, crop_samples: int, *, seed: int, augmentation: Augmentation) -> Crops:
+        return Crops(
+            pool,
+            crop_samples=crop_samples,
+            seed=seed,
+            augmentation=augmentation,
+            min_rms_db=self.settings.min_rms_db,
+        )
+
+    @rank_zero_only
+    def _report(self, skipped: Sequence[tuple[str, Skipped]]) -> None:
+        if not skipped:
+            return
+        lines = [f"{name}: {s}" for name, s in skipped[:_SHOWN]]
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            file = self.output_dir / "skipped.tsv"
+            file.write_text("".join(f"{name}\t{s.row}\n" for name, s in skipped), encoding="utf-8")
+            lines.append(f"all are listed in {file}")
+        elif len(skipped) > _SHOWN:
+            lines.append(f"and {len(skipped) - _SHOWN} more")
+        message = "\n  ".join([f"{len(skipped)} recordings cannot be used and are left out:", *lines])
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
+    """One batch of numbered crops."""
+    return Batch(torch.stack([audio for audio, _ in items]), torch.tensor([item for _, item in items]))

@@ -1,175 +1,305 @@
-"""The LightningModule that trains a codec of the multirate family by reconstruction."""
+"""The LightningModule that trains a codec: reconstruction, quantizer and, if there is one, an adversary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from omegaconf import DictConfig
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from codec.models.multirate import MultirateCodec
-from codec.quantizers.interface import Quantized, draw_num_quantizers
-from codec.quantizers.residual import ResidualVQ
-from recipes.losses import SpectralLoss, si_sdr_db
-from recipes.optimizers import MuonAdamW, gradient_norms, warmup_cosine
+from codec.layers.conv import add_weight_norm
+from codec.models.interface import Codec
+from codec.quantizers.interface import Quantized
+from recipes.adversary import Adversary, Heard
+from recipes.averaging import WeightAverage
+from recipes.balancer import Balancer
+from recipes.data import Batch
+from recipes.distributed import any_process, average_gradients, rank_and_size
+from recipes.losses import ReconstructionLoss, si_sdr_db
+from recipes.optimizers import build_optimizer, gradient_norms, schedule_factor
+from recipes.quantization import QuantizerTraining
+from recipes.settings import OptimizerSettings, Settings
 
-_NOT_YET = 2**40
+_MOST_NAMED_ITEMS = 8
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; no step was taken with it."""
 
 
 class CodecTraining(pl.LightningModule):
-    """One training run of a codec. `config` is the whole Hydra configuration (see `configs/train.yaml`).
+    """One training run of a codec, any `codec.models.interface.Codec`. `settings` are the whole configuration.
 
-    The quantizer is brought in gradually, because a decoder that never saw clean latents does not learn phase: no item
-    is quantized before `quantizer_start_step`; then latents are collected until k-means can set the codebooks; from
-    there the share of quantized items grows to all of them over `quantizer_ramp_steps`.
+    A step is one of the generator, which is the codec: `global_step`, `trainer.max_steps`, logs and checkpoints count
+    these, with or without an adversary. In a step the discriminators learn first, then the codec hears what they make
+    of it. Gradients are averaged over processes by hand, so use `recipes.distributed.AllReduceStrategy` with several.
 
     Every random draw depends on (seed, step) alone, so a resumed run continues as the whole one would have.
+
+    A non-finite loss or gradient raises `NonFiniteError`, which names the step and the items, before it is used.
     """
 
-    quantizer_since: Tensor
-
-    def __init__(self, codec: MultirateCodec, config: DictConfig) -> None:
+    def __init__(self, codec: Codec, settings: Settings) -> None:
         super().__init__()
-        if not isinstance(codec.quantizer, ResidualVQ):
-            raise ValueError("this recipe trains residual quantizers")
+        self.automatic_optimization = False
+        self.settings = settings
         self.codec = codec
-        self.config = config
-        self.loss = SpectralLoss(
-            sample_rate_hz=codec.sample_rate_hz,
-            window_samples=config.loss.window_samples,
-            num_mels=config.loss.num_mels,
-            mel_floor=config.loss.mel_floor,
+        if wants_weight_norm(codec, settings):
+            add_weight_norm(codec)
+            if not any("parametrizations" in name for name in codec.state_dict()):
+                raise ValueError("weight_norm=true, but this model has no convolutions that could have it")
+        self.reconstruction = ReconstructionLoss(settings.loss.terms, sample_rate_hz=codec.sample_rate_hz)
+        self.adversary = Adversary(settings.adversary) if settings.adversary else None
+        self.quantization = QuantizerTraining(
+            codec.quantizer, settings.quantization, seed=settings.seed, is_trained=settings.init_from is not None
         )
-        # The step at which the codebooks were set; a pretrained quantizer was set a whole ramp ago.
-        since = _NOT_YET if config.init_from is None else -config.loss.quantizer_ramp_steps
-        self.register_buffer("quantizer_since", torch.tensor(since))
-        self._collected: list[Tensor] = []
-        self._to_learn_from: list[Quantized] = []
-
-    @property
-    def quantizer(self) -> ResidualVQ:
-        """The codec's quantizer; a property, so that checkpoints hold it once."""
-        return cast(ResidualVQ, self.codec.quantizer)
+        self.average = WeightAverage(decay=settings.average.decay) if settings.average else None
+        self._check_weights()
+        self.balancer = self._new_balancer()
+        self._is_logging = False
 
     # The step
 
-    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
-        draws = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.global_step)
-        audio = batch[:, 0]
-        latents = self._encode(audio)
-        losses: dict[str, Tensor] = {}
-        share = self._quantized_share(latents)
-        if share > 0.0:
-            prefixes = draw_num_quantizers(
-                self.quantizer.valid_num_quantizers,
-                len(audio),
-                full_fraction=self.config.loss.full_prefix_fraction,
-                generator=draws,
-            )
-            quantized = self.quantizer(latents, num_quantizers=prefixes)
-            self._to_learn_from.append(quantized)
-            self._log_usage(quantized)
-            losses |= quantized.losses
-            is_quantized = torch.rand(len(audio), generator=draws).to(latents.device) < share
-            latents = torch.where(is_quantized.view(-1, 1, 1), quantized.latents, latents)
-        losses |= self.loss(self._decode(latents, audio.shape[1]), audio)
-        total = sum((self.config.loss.weights[name] * value for name, value in losses.items()), latents.new_zeros(()))
-        self.log_dict({f"train/{name}": value for name, value in losses.items()} | {"train/total": total})
-        self.log("train/quantized_share", share)
-        return total
+    def on_train_start(self) -> None:
+        if self.balancer is not None and self.settings.loss.balancer is not None:
+            # Gradients will be averaged over processes; the sum over all items is what one process would have.
+            self.balancer.total_norm = self.settings.loss.balancer.total_norm * rank_and_size()[1]
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self._to_learn_from:
-            self.quantizer.update(*self._to_learn_from)
-            self._to_learn_from.clear()
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        step, audio = self.global_step, batch.audio
+        # As Lightning counts: a value that is logged in another step would be written late.
+        self._is_logging = (step + 1) % self.settings.log_every_n_steps == 0
+        draws = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        quantized: Quantized | None = None
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.global_step % self.config.trainer.log_every_n_steps == 0:
-            norms = gradient_norms(self.codec.named_parameters())
-            self.log_dict({f"gradient_norm/{part}": norm for part, norm in norms.items()})
+        def quantize(latents: Tensor) -> Tensor:
+            nonlocal quantized
+            latents, quantized = self.quantization(latents, step, draws)
+            return latents
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        config = self.config.optimizer
-        betas = (float(config.betas[0]), float(config.betas[1]))
-        optimizer = MuonAdamW(self.codec, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
-        schedule = warmup_cosine(
-            optimizer,
-            warmup_steps=config.warmup_steps,
-            total_steps=self.config.trainer.max_steps,
-            final_fraction=config.final_fraction,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        estimate = self.codec.reconstruct(audio, quantize).float()
+        heard_losses = self.reconstruction(estimate, audio)
+        inner_losses = {} if quantized is None else dict(quantized.losses)
+        with self._naming(batch, estimate):
+            self._check_finite(heard_losses | inner_losses)
+            logged: dict[str, Any] = {}
+            if self.adversary is not None and step >= self.adversary.settings.start_step:
+                heard = self.adversary.listen(audio, estimate, step, draws)
+                if self.adversary.learns_in(step):
+                    logged |= self._train_discriminators(self.adversary, heard)
+                if self.adversary.is_heard_in(step):
+                    adversarial = self.adversary.losses_for_codec(heard)
+                    self._check_finite(adversarial)
+                    heard_losses |= adversarial
+            logged |= self._train_codec(heard_losses, inner_losses, estimate)
+        if self._is_logging:
+            self._log(heard_losses | inner_losses | logged, quantized)
 
-    # Validation: the same crops at several rates, and without the quantizer
+    def _train_discriminators(self, adversary: Adversary, heard: Heard) -> dict[str, Any]:
+        loss = adversary.own_loss(heard)
+        self._check_finite({"discriminators": loss})
+        loss.backward()
+        since = self.global_step - adversary.settings.start_step
+        norms = self._step(1, adversary.settings.optimizer, since, adversary.settings.start_step)
+        return {"discriminators": loss} | norms
 
-    def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        audio = batch[:, 0]
-        latents = self._encode(audio)
-        self._log_reconstruction("unquantized", latents, audio)
-        if self.quantizer_since == _NOT_YET:
+    def _train_codec(
+        self, heard_losses: Mapping[str, Tensor], inner_losses: Mapping[str, Tensor], estimate: Tensor
+    ) -> dict[str, Any]:
+        """One step of the codec from what is heard of it and from what is not, the quantizer's losses."""
+        inner = sum((self._weights[name] * loss for name, loss in inner_losses.items()), estimate.new_zeros(()))
+        logged: dict[str, Any] = {}
+        if self.balancer is None:
+            total = sum((self._weights[name] * loss for name, loss in heard_losses.items()), inner)
+            total.backward()
+            logged["total"] = total
+        else:
+            balanced = {name: loss for name, loss in heard_losses.items() if self._weights[name]}
+            unbalanced = inner if inner.requires_grad else None
+            norms = self.balancer.backward(balanced, estimate, unbalanced=unbalanced)
+            logged |= {f"output_gradient_norm/{name}": norm for name, norm in norms.items()}
+        step = self.global_step
+        logged |= self._step(0, self.settings.optimizer, step, 0)
+        self.quantization.update()
+        if self.average is not None:
+            if self.quantization.since == step:
+                # The codebooks were set in this step: what was averaged before belongs to none of theirs.
+                self.average = WeightAverage(decay=self.average.decay)
+            self.average.update(self.codec)
+        return logged
+
+    def _step(self, index: int, settings: OptimizerSettings, step: int, start_step: int) -> dict[str, Any]:
+        """One step of an optimizer with the gradients that there are; returns their norms before clipping."""
+        name = ("codec", "discriminators")[index]
+        optimizer = self.optimizers()[index]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        average_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise NonFiniteError(f"a gradient of the {name}")
+        norms: dict[str, Any] = {f"gradient_norm/{name}": norm}
+        if index == 0 and self._is_logging:
+            parts = gradient_norms(self.codec.named_parameters())
+            norms |= {f"gradient_norm/{part}": norm for part, norm in parts.items()}
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
+        factor = schedule_factor(settings.schedule, step, total_steps=self.settings.max_steps - start_step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        # Lightning counts the steps of its own wrappers; the codec's are the ones to count.
+        (optimizer if index == 0 else optimizer.optimizer).step()
+        optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = [build_optimizer(self.settings.optimizer, self.codec, "optimizer")]
+        if self.adversary is not None:
+            own = self.adversary.settings.optimizer
+            optimizers.append(build_optimizer(own, self.adversary, "adversary.optimizer"))
+        return optimizers
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> list[Any]:
+        """Always a list: the codec's, and the discriminators' if there are any."""
+        found = super().optimizers(use_pl_optimizer=use_pl_optimizer)
+        return found if isinstance(found, list) else [found]
+
+    # Validation: the same crops at several rates, with averaged weights where there are any
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        audio = batch.audio
+        for name, estimate in self.reconstructions(audio).items():
+            losses = self.reconstruction(estimate, audio)
+            values = {f"val/{loss}/{name}": value for loss, value in losses.items()}
+            values[f"val/total/{name}"] = sum(self._weights[loss] * value for loss, value in losses.items())
+            values[f"val/si_sdr_db/{name}"] = si_sdr_db(estimate.flatten(0, 1), audio.flatten(0, 1)).mean()
+            self.log_dict(values, batch_size=len(audio), sync_dist=rank_and_size()[1] > 1)
+
+    @torch.no_grad()
+    def reconstructions(self, audio: Tensor) -> dict[str, Tensor]:
+        """Audio [B, C, T] as it is heard without the quantizer and, once it is in use, at the rates of validation.
+
+        Names are `unquantized` and, for each number of code rows, `8_quantizers`.
+        """
+        quantizer = self.codec.quantizer
+
+        def quantize(latents: Tensor) -> Tensor:
+            with torch.autocast(latents.device.type, enabled=False):
+                return quantizer.decode(quantizer.encode(latents.float(), num_quantizers=num_quantizers))
+
+        with self._averaged():
+            heard = {"unquantized": self.codec.reconstruct(audio, lambda latents: latents).float()}
+            for num_quantizers in self.dev_num_quantizers if self.quantization.since is not None else ():
+                heard[f"{num_quantizers}_quantizers"] = self.codec.reconstruct(audio, quantize).float()
+        return heard
+
+    @property
+    def dev_num_quantizers(self) -> tuple[int, ...]:
+        """The numbers of code rows that validation listens to; the last one is all of them."""
+        valid = self.codec.valid_num_quantizers
+        wanted = self.settings.validation.num_quantizers or (valid[(len(valid) - 1) // 2],)
+        return (*sorted(set(wanted) - {valid[-1]}), valid[-1])
+
+    @property
+    def monitored(self) -> str:
+        """The name of the value by which the best checkpoint is chosen."""
+        return f"val/{self.settings.validation.monitor}/{self.dev_num_quantizers[-1]}_quantizers"
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        if self.average is None or not self.average.num_updates:
+            yield
             return
-        codes = self.quantizer.encode(latents)
-        for num_quantizers in self.config.data.dev_num_quantizers:
-            decoded = self.quantizer.decode(codes[:, :num_quantizers])
-            self._log_reconstruction(f"{num_quantizers}_quantizers", decoded, audio)
+        with self.average.swapped_into(self.codec):
+            yield
 
-    def _log_reconstruction(self, name: str, latents: Tensor, audio: Tensor) -> None:
-        estimate = self._decode(latents, audio.shape[1])
-        losses = self.loss(estimate, audio)
-        values = {f"val/{loss}/{name}": value for loss, value in losses.items()}
-        values[f"val/si_sdr_db/{name}"] = si_sdr_db(estimate, audio).mean()
-        self.log_dict(values, batch_size=len(audio), sync_dist=True)
-
-    # Checkpoints carry the moving averages of the codebooks, which a released model does not need
+    # Checkpoints hold what training keeps beside weights, which a released model does not need
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["quantizer_training"] = self.quantizer.training_state()
+        checkpoint["quantization"] = self.quantization.state_dict()
+        if self.average is not None:
+            checkpoint["average"] = self.average.state_dict()
+        if self.balancer is not None:
+            checkpoint["balancer"] = self.balancer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.quantizer.load_training_state(checkpoint["quantizer_training"])
+        self.quantization.load_state_dict(checkpoint["quantization"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["average"])
+        if self.balancer is not None:
+            self.balancer.load_state_dict(checkpoint["balancer"])
 
     # Parts
 
-    def _encode(self, audio: Tensor) -> Tensor:
-        """Latents [B, D, F] of [B, T] and of the frames that the decoder's delay reaches ahead."""
-        delayed = F.pad(audio, (0, self.codec.decode_delay_samples))
-        return self.codec.encode_latents(delayed, self.codec.encoder.init_state(len(audio)))[0]
+    @property
+    def _weights(self) -> dict[str, float]:
+        adversarial = self.adversary.settings.weights if self.adversary is not None else {}
+        return self.settings.loss.weights | adversarial
 
-    def _decode(self, latents: Tensor, num_samples: int) -> Tensor:
-        audio = self.codec.decode_latents(latents, self.codec.decoder.init_state(len(latents)))[0]
-        return audio[:, self.codec.decode_delay_samples :][:, :num_samples]
+    def _check_weights(self) -> None:
+        """Every loss has a weight and every weight a loss; one frame of silence tells the quantizer's losses."""
+        with torch.no_grad():
+            latents = self.codec.analyze(torch.zeros(1, self.codec.num_channels, self.codec.hop_length))
+            names = {*self.reconstruction.names, *self.codec.quantizer(latents.float()).losses}
+        given, there = self.settings.loss.weights, ", ".join(sorted(names))
+        for name in sorted(given.keys() - names):
+            raise ValueError(f"loss.weights.{name}: there is no such loss (there are {there})")
+        for name in sorted(names - given.keys()):
+            raise ValueError(f"loss.weights.{name} is needed: the loss has no weight (there are {there})")
+        known = (*self.reconstruction.names, "total", "si_sdr_db")
+        if self.settings.validation.monitor not in known:
+            raise ValueError(f"validation.monitor={self.settings.validation.monitor!r} is not one of {known}")
+        unknown = set(self.dev_num_quantizers) - set(self.codec.valid_num_quantizers)
+        if unknown:
+            raise ValueError(
+                f"validation.num_quantizers: {sorted(unknown)} are not of {self.codec.valid_num_quantizers}, the "
+                "numbers of code rows that this model can have"
+            )
 
-    def _quantized_share(self, latents: Tensor) -> float:
-        """The share of items to quantize in this step; sets the codebooks when their time has come."""
-        config = self.config.loss
-        if self.quantizer_since == _NOT_YET:
-            if self.global_step < config.quantizer_start_step:
-                return 0.0
-            self._collected.append(latents.detach())
-            frames = sum(part.shape[0] * part.shape[2] for part in self._collected)
-            if frames < config.k_means_frames:
-                return 0.0
-            rows_ND = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in self._collected])
-            self.quantizer.initialize(rows_ND.t()[None], seed=self.config.seed)
-            self._collected.clear()
-            self.quantizer_since.fill_(self.global_step)
-        done = self.global_step - int(self.quantizer_since)
-        return min(1.0, (done + 1) / max(1, int(config.quantizer_ramp_steps)))
+    def _new_balancer(self) -> Balancer | None:
+        settings = self.settings.loss.balancer
+        if settings is None:
+            return None
+        heard = {*self.reconstruction.names, "adversarial", "feature"}
+        weights = {name: weight for name, weight in self._weights.items() if name in heard and weight}
+        return Balancer(weights, decay=settings.decay, total_norm=settings.total_norm)
 
-    def _log_usage(self, quantized: Quantized) -> None:
-        if self.global_step % self.config.trainer.log_every_n_steps:
-            return
-        for row, perplexity in enumerate(quantized.stats["perplexity"]):
-            self.log(f"perplexity/{row}", perplexity)
-            self.log(f"dead_fraction/{row}", quantized.stats["dead_fraction"][row])
-        code_norm = self.quantizer.codebooks.norm(dim=-1).mean(-1)
-        for row, norm in enumerate(code_norm):
-            self.log(f"code_norm/{row}", norm)
+    def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        is_bad = ~torch.isfinite(values)
+        if any_process(bool(is_bad.any()), values.device):
+            bad = [name for name, flag in zip(losses, is_bad.tolist(), strict=True) if flag]
+            raise NonFiniteError(f"the loss {', '.join(bad)}" if bad else "a loss on another process")
+
+    @contextmanager
+    def _naming(self, batch: Batch, estimate: Tensor) -> Iterator[None]:
+        """Tell the step and the items in which something was not finite: those at fault where they can be told."""
+        try:
+            yield
+        except NonFiniteError as error:
+            is_bad = ~torch.isfinite(batch.audio + estimate.detach()).flatten(1).all(1)
+            items = batch.items[is_bad if is_bad.any() else torch.ones_like(is_bad)].tolist()
+            data = getattr(self.trainer, "datamodule", None)
+            named = [data.describe(item) if data is not None else f"item {item}" for item in items[:_MOST_NAMED_ITEMS]]
+            rest = f" and {len(items) - len(named)} more" if len(items) > len(named) else ""
+            raise NonFiniteError(
+                f"{error} is not finite in step {self.global_step}, from {', '.join(named)}{rest}"
+            ) from error
+
+    def _log(self, values: Mapping[str, Any], quantized: Quantized | None) -> None:
+        named = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+        for optimizer, name in zip(self.optimizers(), ("codec", "discriminators"), strict=False):
+            named[f"learning_rate/{name}"] = optimizer.param_groups[0]["lr"]
+        if quantized is not None:
+            for stat, per_row in quantized.stats.items():
+                named |= {f"{stat}/{row}": value for row, value in enumerate(per_row)}
+        self.log_dict(named, sync_dist=rank_and_size()[1] > 1)
+
+
+def wants_weight_norm(codec: Codec, settings: Settings) -> bool:
+    """Whether convolutions are trained as direction and length: as the settings say, or else the model's own."""
+    if settings.weight_norm is not None:
+        return settings.weight_norm
+    return getattr(codec.config, "norm", None) == "weight"

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest, as one optimizer, and the learning-rate schedule."""
+"""Optimizers by name, Muon for the matrices and AdamW for the rest among them, and the learning rate over steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recipes.settings import OptimizerSettings, ScheduleSettings
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on the weight matrices of linear layers, AdamW on everything else.
@@ -18,12 +20,14 @@ class MuonAdamW(torch.optim.Optimizer):
     neural networks" (2024); learning rates are matched to AdamW's by update RMS as in Liu et al., "Muon is scalable for
     LLM training" (2025).
 
-    One optimizer rather than two, so that Lightning counts one step per batch; checkpoints hold both.
+    One optimizer rather than two, so that a network has one step and one state in checkpoints.
     """
 
     def __init__(self, module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
         matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
         others = [p for p in module.parameters() if p.requires_grad and p.ndim != 2]
+        if not matrices or not others:
+            raise ValueError("muon needs weight matrices and others; take adamw for a network of convolutions")
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": weight_decay, "uses_muon": True},
             {"params": others, "weight_decay": 0.0, "uses_muon": False},
@@ -56,18 +60,39 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, final_fraction: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear from 0 over `warmup_steps`, then half a cosine down to `final_fraction` at `total_steps`."""
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "muon": MuonAdamW,
+    "adamw": lambda module, **values: torch.optim.AdamW(module.parameters(), **values),
+    "adam": lambda module, **values: torch.optim.Adam(module.parameters(), **values),
+}
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def build_optimizer(settings: OptimizerSettings, module: nn.Module, path: str) -> torch.optim.Optimizer:
+    """The optimizer of a module's parameters; `path` is where its settings stand, for errors."""
+    if settings.algorithm not in OPTIMIZERS:
+        raise ValueError(f"{path}.algorithm={settings.algorithm!r} is not one of {', '.join(OPTIMIZERS)}")
+    first, second = settings.betas
+    try:
+        return OPTIMIZERS[settings.algorithm](
+            module, lr=settings.lr, betas=(first, second), weight_decay=settings.weight_decay
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def schedule_factor(schedule: ScheduleSettings, step: int, *, total_steps: int) -> float:
+    """What the learning rate is multiplied by in a step, counted from 0: the product of three parts.
+
+    A rise from nearly 0 to 1 over `warmup_steps`; from there half a cosine, down to `final_fraction` at `total_steps`;
+    and `decay` to the power of how many whole `decay_every_steps` there were. It depends on the step alone, so there is
+    no state to restore.
+    """
+    factor: float = schedule.decay ** (step // schedule.decay_every_steps)
+    if step < schedule.warmup_steps:
+        return factor * (step + 1) / schedule.warmup_steps
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return factor * (schedule.final_fraction + (1.0 - schedule.final_fraction) * cosine)
 
 
 def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:

@@ -1,80 +1,221 @@
 """Train a codec: `python -m recipes.train experiment=speech_16k data.train_dir=... data.dev_dir=...`.
 
-An experiment file in `configs/experiment/` is one complete run. Output goes to `output_dir`: checkpoints, logs, and the
-configuration that made them. `resume=true` continues from the last checkpoint there.
+An experiment file in `configs/experiment/` is one complete run. Output goes to `output_dir`: checkpoints (`last.ckpt`,
+and `best.ckpt` by a value of validation), logs, and the configuration that made them. `resume=true` continues from the
+last checkpoint there, and comes to the same numbers as a run that was never interrupted.
+
+`init_from=` starts from the weights of a model that `codec.load` finds, imported ones included; discriminators are new.
+
+`trainer.max_time=00:02:00:00` ends a run after two hours of this process, and SIGTERM ends it after the step that it is
+in; both leave a checkpoint to resume from. The exit status is then 0 and 143; 1 where something is wrong, in one line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
+import logging
+import os
 import sys
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytorch_lightning as pl
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from codec import config as codec_config
-from codec.models.multirate import MultirateCodec
+from codec.models.interface import Codec
 from codec.pretrained import load
-from recipes.data import SpeechData
-from recipes.module import CodecTraining
+from recipes import published_bugs as _published_bugs  # noqa: F401  (registers its configuration)
+from recipes.callbacks import Checkpoints, DevExamples, ProgressBar, TimeIsUp, parse_duration
+from recipes.data import DataSettings, SpeechData, parse_data
+from recipes.distributed import AllReduceStrategy, num_processes
+from recipes.module import CodecTraining, NonFiniteError
+from recipes.settings import Settings, one_line, parse
+
+# What may differ when a run is resumed: nothing of it changes what the steps compute, but `max_steps`, which says how
+# far they go, and over how many the learning rate falls.
+_FREE_ON_RESUME = (
+    *("output_dir", "resume", "num_threads", "data.num_workers", "validation.num_examples", "trainer.max_steps"),
+    *("trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+)
 
 
-def build_codec(config: DictConfig) -> MultirateCodec:
-    """The codec to train: from `init_from` (a bundled name or a folder) with its weights, or new from `model`."""
-    if config.init_from is not None:
-        codec: Any = load(config.init_from).requires_grad_(True).train()
-    else:
-        codec = codec_config.build(codec_config.from_dict(OmegaConf.to_container(config.model, resolve=True), "model"))
-    if not isinstance(codec, MultirateCodec):
-        raise ValueError(f"this recipe trains multirate codecs, not {type(codec).__name__}")
+def build_codec(settings: Settings) -> Codec:
+    """The codec to train: new from `model`, or from `init_from` (a bundled name or a folder) with its weights.
+
+    Where both are given they must describe the same architecture; `model=null` takes whatever `init_from` is. A resumed
+    run has weights of its own.
+    """
+    if settings.init_from is None or settings.resume:
+        if settings.model is None:
+            raise ValueError("model or init_from is needed")
+        return _checked(codec_config.build(codec_config.from_dict(settings.model, "model")))
+    codec = load(settings.init_from).requires_grad_(True).train()
+    if settings.model is not None:
+        wanted = codec_config.to_dict(codec_config.from_dict(settings.model, "model"))
+        changes = _changes(codec_config.to_dict(codec.config), wanted, "model")
+        if changes:
+            path, theirs, ours = changes[0]
+            raise ValueError(
+                f"init_from={settings.init_from} has another architecture than model: {path} is {theirs}, not {ours} "
+                "(model=null takes what init_from has)"
+            )
     return codec
 
 
 def train(config: DictConfig) -> CodecTraining:
     """Run one experiment; return the trained module. Raises ValueError for a configuration that cannot run."""
-    output_dir = Path(config.output_dir)
+    settings = parse(config)
+    output_dir = Path(settings.output_dir)
     last = output_dir / "checkpoints" / "last.ckpt"
-    if last.exists() and not config.resume:
-        raise ValueError(f"{output_dir} holds a run already; pass resume=true to continue it, or another output_dir")
-    if config.resume and not last.exists():
-        raise ValueError(f"{output_dir} holds no checkpoint to resume from")
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    pl.seed_everything(config.seed, workers=True)
-    codec = build_codec(config)
-    module = CodecTraining(codec, config)
-    data = SpeechData(config.data, sample_rate_hz=codec.sample_rate_hz, seed=config.seed)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # What was trained, even where it came from `init_from`: `tools.export` builds the model from this.
-    trained = OmegaConf.merge(config, {"init_from": None})
-    OmegaConf.update(trained, "model", codec_config.to_dict(codec.config), merge=False)
-    OmegaConf.save(trained, output_dir / "config.yaml", resolve=True)
+    _check_output(settings, last)
+    trainer_settings = dict(settings.trainer)
+    max_time = trainer_settings.pop("max_time", None)
+    duration = parse_duration(max_time) if max_time is not None else None
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    if settings.resume:
+        settings = _resumed(settings, output_dir / "config.yaml")
+    codec = build_codec(settings)
+    module = CodecTraining(codec, settings)
+    data_settings = parse_data(settings.data)
+    _check_crops(module, data_settings)
+    # An epoch that is never whole would never be validated.
+    data_settings = replace(data_settings, steps_per_epoch=min(data_settings.steps_per_epoch, settings.max_steps))
+    data = SpeechData(
+        data_settings,
+        sample_rate_hz=codec.sample_rate_hz,
+        num_channels=codec.num_channels,
+        seed=settings.seed,
+        output_dir=output_dir,
+    )
+    data.setup()
+    has_progress_bar = trainer_settings.pop("enable_progress_bar", None)
+    callbacks: list[pl.Callback] = [
+        DevExamples(settings.validation.num_examples),
+        Checkpoints(output_dir / "checkpoints", monitor=module.monitored, max_time=duration),
+    ]
+    if has_progress_bar or (has_progress_bar is None and sys.stderr.isatty()):
+        callbacks.insert(0, ProgressBar(module.monitored))  # to be gone before the line of whoever stops the run
     trainer = pl.Trainer(
-        **OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[arg-type]
+        **trainer_settings,
+        strategy=AllReduceStrategy() if num_processes(trainer_settings) > 1 else "auto",
         default_root_dir=output_dir,
-        logger=CSVLogger(output_dir, name="logs"),
-        callbacks=[
-            ModelCheckpoint(output_dir / "checkpoints", save_last=True, every_n_epochs=1, save_top_k=1),
-            LearningRateMonitor("step"),
-        ],
+        logger=_loggers(output_dir),
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=True)
+    if trainer.is_global_zero:
+        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        config = OmegaConf.create(_plain(settings) | {"model": codec_config.to_dict(codec.config)})
+        OmegaConf.save(config, output_dir / "config.yaml")
+    with warnings.catch_warnings():
+        # It is: the items of a step follow from its number.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        with contextlib.suppress(TimeIsUp):
+            trainer.fit(module, data, ckpt_path=str(last) if settings.resume else None, weights_only=True)
     return module
 
 
+def _loggers(output_dir: Path) -> list[Any]:
+    loggers: list[Any] = [CSVLogger(output_dir, name="logs")]
+    if importlib.util.find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(output_dir, name="tensorboard", default_hp_metric=False))
+    return loggers
+
+
+def _checked(codec: Any) -> Codec:
+    if not isinstance(codec, Codec):
+        raise ValueError(f"model: {type(codec).__name__} is not a codec")
+    return codec
+
+
+def _check_output(settings: Settings, last: Path) -> None:
+    if last.exists() and not settings.resume:
+        raise ValueError(
+            f"{settings.output_dir} holds a run already; pass resume=true to continue it, or another output_dir"
+        )
+    if settings.resume and not last.exists():
+        raise ValueError(f"{settings.output_dir} holds no checkpoint to resume from")
+
+
+def _check_crops(module: CodecTraining, data: DataSettings) -> None:
+    """Crops that are too short for a spectrum would fail in the first step; silence tells before."""
+    shortest = module.adversary.min_samples if module.adversary is not None else 1
+    heard = data.crop_samples
+    if module.adversary is not None and module.adversary.settings.crop_samples is not None:
+        heard = min(heard, module.adversary.settings.crop_samples)
+    if heard < shortest:
+        raise ValueError(f"the discriminators need crops of {shortest} samples or more, they get {heard}")
+    for name, length in (("crop_samples", data.crop_samples), ("dev_crop_samples", data.dev_crop_samples)):
+        silence = torch.zeros(1, module.codec.num_channels, length)
+        try:
+            with torch.no_grad():
+                module.reconstruction(silence, silence)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"data.{name}={length} is too short for the loss: {one_line(error)}") from error
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    if settings.model is not None:
+        values["model"] = codec_config.to_dict(codec_config.from_dict(settings.model, "model"))
+    return values
+
+
+def _resumed(settings: Settings, file: Path) -> Settings:
+    """These settings with the model that the run has; ValueError where they would make it another run."""
+    before: Any = OmegaConf.to_container(OmegaConf.load(file))
+    now = _plain(settings)
+    if settings.model is None:
+        now["model"] = before["model"]
+    changes = [change for change in _changes(before, now, "") if not change[0].startswith(_FREE_ON_RESUME)]
+    if changes:
+        told = ", ".join(f"{path} was {old}, now {new}" for path, old, new in changes[:3])
+        rest = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise ValueError(f"this is not the run in {file.parent}: {told}{rest}; another run needs another output_dir")
+    return replace(settings, model=before["model"])
+
+
+def _changes(before: Any, after: Any, path: str) -> list[tuple[str, Any, Any]]:
+    """Dotted paths at which two trees of plain values differ, with both values."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [(path, before, after)]
+    return [
+        change
+        for key in (*before, *(key for key in after if key not in before))
+        for change in _changes(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+    ]
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-def main(config: DictConfig) -> None:
-    """Command line entry: a mistake in the configuration is one line, not a traceback."""
+def _run(config: DictConfig) -> None:
     try:
         train(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, NonFiniteError) as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+def main() -> None:
+    """Command line entry: a mistake in the configuration is one line, not a traceback."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors come through to here
+    try:
+        _run()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from codec.layers.conv import (
     ConvTranspose,
     ResidualBlock,
     SignalLayer,
+    _padded,
     add_weight_norm,
     fold_weight_norm,
 )
@@ -251,3 +252,24 @@ def test_weight_norm_comes_and_goes() -> None:
     assert set(after) == set(before)
     for key, value in before.items():
         torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_weight_is_normalized_once_per_forward() -> None:
+    """Every look at a layer's `weight` computes it anew, and autograd would keep each."""
+    network = Chain([Conv(6, 6, 3, pad_mode="reflect"), _residual("zero"), ConvTranspose(6, 2, 4, stride=2)])
+    add_weight_norm(network)
+    looks = []
+    for layer in network.modules():
+        if isinstance(layer, Conv | ConvTranspose):
+            layer.parametrizations.weight.register_forward_hook(lambda *call: looks.append(call))
+    network(_signal(1, 12).float())
+    assert len(looks) == 5
+
+
+@pytest.mark.parametrize(("num_given", "left", "right"), [(9, 4, 0), (9, 3, 4), (9, 0, 0), (3, 4, 2), (1, 0, 3)])
+def test_mirrored_as_torch_mirrors(num_given: int, left: int, right: int) -> None:
+    x = _signal(2, num_given)
+    missing = max(0, max(left, right) + 1 - num_given)
+    longer = torch.nn.functional.pad(x, (0, missing))
+    expected = torch.nn.functional.pad(longer, (left, right), "reflect")[:, :, : left + num_given + right]
+    assert torch.equal(_padded(x, left, right, "reflect"), expected)

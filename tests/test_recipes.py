@@ -1,92 +1,52 @@
-"""Training, small: it runs, learns, resumes to the same numbers, exports and loads."""
+"""Training, small: it runs, learns, exports and loads; and every experiment is one that can run."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
-import hydra
-import numpy as np
 import pytest
-import soundfile
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from runs import CONFIGS, LIGHTNING_WARNINGS, compose, tiny_run, write_recordings
 
 import codec
-from codec.config import from_dict, to_dict
-from codec.testing import speech_like, tiny_codec, tiny_config
-from recipes.data import PackedSpeech, RunSampler, pack_audio
-from recipes.losses import SpectralLoss, si_sdr_db
+from codec.config import build, from_dict
+from codec.importers.encodec import ENCODEC_24KHZ, ENCODEC_48KHZ
+from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ
+from codec.models.hificodec import HIFICODEC_16K_320D, HIFICODEC_24K_240D, HIFICODEC_24K_320D
+from codec.models.seanet import SOUNDSTREAM_16KHZ
+from codec.testing import speech_like, tiny_codec
+from recipes.data import parse_data
+from recipes.losses import ENCODEC_MEL, HIFICODEC_16K_MEL, HIFICODEC_24K_MEL, SpectralLoss, si_sdr_db
 from recipes.module import CodecTraining
-from recipes.optimizers import MuonAdamW, warmup_cosine
+from recipes.optimizers import MuonAdamW, build_optimizer, schedule_factor
+from recipes.settings import OptimizerSettings, ScheduleSettings, parse
 from recipes.train import build_codec, train
 from tools.export import export
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
-# Lightning speaks of its own plans, of loaders without workers, and of a log interval longer than a tiny run.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
-    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*"),
-]
+PUBLISHED = {
+    "soundstream_16k": SOUNDSTREAM_16KHZ,
+    "encodec_24k": ENCODEC_24KHZ,
+    "encodec_48k": ENCODEC_48KHZ,
+    "hificodec_16k_320d": HIFICODEC_16K_320D,
+    "hificodec_24k_320d": HIFICODEC_24K_320D,
+    "hificodec_24k_240d": HIFICODEC_24K_240D,
+    "dac_16k": DAC_16KHZ,
+    "dac_24k": DAC_24KHZ,
+    "dac_44k": DAC_44KHZ,
+}
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("audio")
-    (folder / "one").mkdir()
-    for index in range(3):
-        soundfile.write(folder / "one" / f"{index}.wav", speech_like(24000, seed=index), 16000)
-    soundfile.write(folder / "short.wav", speech_like(500, rate_hz=8000), 8000)
-    pack_audio(folder, folder / "packed", sample_rate_hz=16000)
-    return folder / "packed"
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recordings(tmp_path_factory.mktemp("audio"))
 
 
-def _config(packed: Path, output_dir: Path, *overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = hydra.compose(
-            "train",
-            [
-                f"output_dir={output_dir}",
-                f"data.train_dir={packed}",
-                f"data.dev_dir={packed}",
-                "data.batch_size=4",
-                "data.crop_samples=6400",
-                "data.steps_per_epoch=3",
-                "data.num_workers=0",
-                "data.num_dev_items=2",
-                "data.dev_crop_samples=6400",
-                "data.dev_num_quantizers=[1,3]",
-                "trainer.accelerator=cpu",
-                "trainer.precision=32-true",
-                "trainer.log_every_n_steps=1",
-                "trainer.max_steps=6",
-                "loss.window_samples=[256,64]",
-                "loss.num_mels=[16,8]",
-                "loss.quantizer_start_step=1",
-                "loss.quantizer_ramp_steps=2",
-                "loss.k_means_frames=400",
-                "optimizer.warmup_steps=2",
-                *overrides,
-            ],
-        )
-    OmegaConf.update(config, "model", to_dict(tiny_config()), merge=False)
-    return config
-
-
-def test_a_run_trains_resumes_to_the_same_numbers_exports_and_loads(packed: Path, tmp_path: Path) -> None:
-    whole = train(_config(packed, tmp_path / "whole"))
-    train(_config(packed, tmp_path / "parts", "trainer.max_steps=3", "optimizer.final_fraction=1.0"))
-    with pytest.raises(ValueError, match="pass resume=true"):
-        train(_config(packed, tmp_path / "parts"))
-    train(_config(packed, tmp_path / "whole_flat", "optimizer.final_fraction=1.0"))
-    resumed = train(_config(packed, tmp_path / "parts", "resume=true", "optimizer.final_fraction=1.0"))
-    flat = torch.load(tmp_path / "whole_flat" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert resumed.state_dict().keys() == flat.keys()
-    for key, value in resumed.state_dict().items():
-        assert torch.equal(value, flat[key]), key
-    assert int(whole.quantizer_since) == 1
-
+def test_a_run_trains_exports_loads_and_is_where_the_next_one_starts(recordings: Path, tmp_path: Path) -> None:
+    whole = train(tiny_run(recordings, tmp_path / "whole"))
+    assert whole.quantization.since == 1
     codec_id = export(tmp_path / "whole", tmp_path / "exported", name="tiny@1", dtype="float32")
     loaded = codec.load(tmp_path / "exported")
     assert (loaded.codec_id, loaded.name) == (codec_id, "tiny@1")
@@ -95,98 +55,177 @@ def test_a_run_trains_resumes_to_the_same_numbers_exports_and_loads(packed: Path
     audio = torch.from_numpy(speech_like(1000))[None, None]
     assert loaded.decode(loaded.encode(audio)).shape == audio.shape
 
-    # A trained model is where the next run starts; its quantizer is in use from the first step.
-    config = _config(packed, tmp_path / "next", "trainer.max_steps=3", f"init_from={tmp_path / 'exported'}")
-    assert CodecTraining(build_codec(config), config)._quantized_share(torch.zeros(1, 12, 4)) == 1.0
+    # A trained model's quantizer is in use from the first step, with all items.
+    config = tiny_run(recordings, tmp_path / "next", "trainer.max_steps=3", f"init_from={tmp_path / 'exported'}")
+    settings = parse(config)
+    fresh = CodecTraining(build_codec(settings), settings)
+    assert fresh.quantization.share_in(0) == 1.0
     tuned = train(config)
     for key, value in loaded.state_dict().items():
         assert not torch.equal(value, tuned.codec.state_dict()[key]), key
     export(tmp_path / "next", tmp_path / "exported_next", name="tiny@2")
     assert codec.load(tmp_path / "exported_next").config == loaded.config
+
     metrics = (tmp_path / "whole" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-    for name in ("train/mel", "perplexity/2", "dead_fraction/0", "gradient_norm/encoder", "val/si_sdr_db/3_quantizers"):
-        assert name in metrics
+    for name in (
+        *("train/spectral_mel", "train/commitment", "train/total", "perplexity/2", "dead_fraction/0"),
+        *("gradient_norm/encoder", "gradient_norm/2", "learning_rate/codec"),
+        *("val/si_sdr_db/1_quantizers", "val/si_sdr_db/3_quantizers", "val/total/unquantized"),
+    ):
+        assert name in metrics, name
+    assert list((tmp_path / "whole" / "tensorboard" / "version_0").glob("events.*"))
 
 
-def test_one_batch_can_be_overfitted(packed: Path, tmp_path: Path) -> None:
-    config = _config(packed, tmp_path, "data.batch_size=2")
+def test_one_batch_can_be_overfitted() -> None:
     torch.manual_seed(0)
-    module = CodecTraining(build_codec(config), config)
-    optimizer = MuonAdamW(module.codec, lr=5e-3, weight_decay=0.0, betas=(0.9, 0.98))
-    audio = torch.stack([torch.from_numpy(speech_like(6400, seed=seed)) for seed in range(2)])
+    model = build(tiny_codec().config)
+    optimizer = MuonAdamW(model, lr=5e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    loss_of = SpectralLoss(sample_rate_hz=16000, window_samples=(256, 64), num_mels=(16, 8))
+    audio = torch.stack([torch.from_numpy(speech_like(6400, seed=seed)) for seed in range(2)])[:, None]
     errors = []
-    for step in range(120):
+    for step in range(80):
         if step == 20:
-            module.quantizer.initialize(module._encode(audio).repeat(1, 1, 4))
-        latents = module._encode(audio)
-        if step >= 20:
-            quantized = module.quantizer(latents)
-            latents = quantized.latents
-        losses = module.loss(module._decode(latents, 6400), audio)
+            model.quantizer.initialize(model.analyze(audio).repeat(1, 1, 4))
+        latents = model.analyze(audio)
+        quantized = model.quantizer(latents) if step >= 20 else None
+        estimate = model.synthesize(quantized.latents if quantized else latents, 6400)
+        losses = loss_of(estimate[:, 0], audio[:, 0])
         loss = losses["mel"] + 3 * losses["complex"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 20:
-            module.quantizer.update(quantized)
+        if quantized:
+            model.quantizer.update(quantized)
         errors.append(float(loss.detach()))
     assert errors[-1] < 0.5 * errors[0]
 
 
+# Experiments
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_builds_its_model(experiment: str) -> None:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = hydra.compose(
-            "train", [f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"]
+def test_every_experiment_composes_to_settings_that_can_be(experiment: str) -> None:
+    settings = parse(compose(f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
+    parse_data(settings.data)
+    model = from_dict(settings.model, "model")
+    if experiment in PUBLISHED:
+        assert model == PUBLISHED[experiment]
+        assert f"{experiment}_tiny" in EXPERIMENTS
+    assert (settings.adversary is None) == (experiment in {"speech_16k", "speech_16k_tiny"})
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.endswith("_tiny")])
+def test_every_tiny_experiment_takes_steps(experiment: str, tmp_path: Path) -> None:
+    shown = compose(f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x")
+    model = shown.model
+    rate_hz, num_channels = model.sample_rate_hz, model.get("num_channels", 1)
+    crop = 4 * shown.loss.terms[next(iter(shown.loss.terms))].get("window_samples", [2048])[-1] + 2048
+    recordings = write_recordings(tmp_path / "audio", rate_hz=rate_hz, num_channels=num_channels)
+    trained = train(
+        compose(
+            f"experiment={experiment}",
+            f"output_dir={tmp_path / 'run'}",
+            f"data.train_dir={recordings}",
+            f"data.dev_dir={recordings}",
+            f"data.crop_samples={crop}",
+            f"data.dev_crop_samples={crop}",
+            *("data.batch_size=2", "data.num_dev_items=1", "data.num_workers=0", "trainer.max_steps=1"),
+            *("trainer.enable_progress_bar=false", "quantization.start_step=0", "validation.num_examples=0"),
+            *(["adversary.start_step=0"] if shown.adversary else []),
         )
-    model = build_codec(config)
-    assert to_dict(model.config) == OmegaConf.to_container(config.model)
-    for part in (model.encoder, model.decoder):
-        assert sum(p.numel() for p in part.parameters()) <= 6_000_000
-    assert set(config.loss.weights) == {"mel", "magnitude", "complex", "commitment"}
-    CodecTraining(model, config)
+    )
+    # A model that is trained on says more than one that is new: its quantizer is in use.
+    export(tmp_path / "run", tmp_path / "model", name=f"{experiment}@1")
+    loaded = codec.load(tmp_path / "model")
+    audio = torch.from_numpy(speech_like(num_channels * 2000, rate_hz=rate_hz)).view(1, num_channels, -1)
+    assert loaded.decode(loaded.encode(audio)).shape == audio.shape
+    assert all("parametrizations" not in key for key in loaded.state_dict())
+    assert trained.trainer.global_step == 1
 
 
-def test_crops_depend_on_seed_and_number_alone(packed: Path) -> None:
-    def draw(seed: int) -> PackedSpeech:
-        return PackedSpeech(packed, sample_rate_hz=16000, crop_samples=2000, seed=seed, gain_db=(-6.0, 3.0))
-
-    one, two, other = draw(1), draw(1), draw(2)
-    assert all(torch.equal(one[i], two[i]) for i in (5, 0, 10**9))
-    assert any(not torch.equal(one[i], other[i]) for i in range(5))
-    assert one[0].shape == (1, 2000)
-    assert all(float(one[i].abs().max()) <= 1.0 for i in range(20))
+@pytest.mark.parametrize(
+    ("loss", "published"),
+    [("encodec", ENCODEC_MEL), ("hificodec_24k", HIFICODEC_24K_MEL), ("hificodec_16k", HIFICODEC_16K_MEL)],
+)
+def test_published_losses_stand_in_the_files(loss: str, published: Any) -> None:
+    terms = compose(f"loss={loss}", "output_dir=x").loss.terms
+    assert from_dict(OmegaConf.to_container(terms.mel)) == published
 
 
-def test_short_recordings_are_padded_and_corpora_can_be_left_out(packed: Path) -> None:
-    with pytest.raises(ValueError, match="leave nothing to draw"):
-        PackedSpeech(packed, sample_rate_hz=16000, crop_samples=100, seed=0, corpus_weights={"audio": 0.0})
-    with pytest.raises(ValueError, match="names \\['other'\\]"):
-        PackedSpeech(packed, sample_rate_hz=16000, crop_samples=100, seed=0, corpus_weights={"other": 1.0})
-    long = PackedSpeech(packed, sample_rate_hz=16000, crop_samples=50000, seed=0)[0]
-    assert long.shape == (1, 50000)
-    assert not long[0, 24000:].any()
+def test_the_bundled_model_is_what_its_experiment_trains() -> None:
+    settings = parse(compose("experiment=speech_16k", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
+    model = build_codec(settings)
+    assert model.config == codec.load().config
+    CodecTraining(model, settings)
 
 
-def test_ranks_share_an_epoch_without_overlap() -> None:
-    samplers = [RunSampler(10, lambda: 30, rank=rank, num_ranks=2) for rank in range(2)]
-    assert sorted(item for sampler in samplers for item in sampler) == list(range(30, 40))
+# Optimizers
 
 
-def test_packing_reads_manifests_and_names_what_is_wrong(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", np.stack([speech_like(8000, rate_hz=8000)] * 2, axis=1), 8000)
-    (tmp_path / "list.tsv").write_text("a.wav\ttrain\tc\ts\t8000\t1.0\tHELLO\nb.wav\tdev\tc\ts\t8000\t1.0\t\n")
-    assert pack_audio(tmp_path / "list.tsv", tmp_path / "out", sample_rate_hz=16000) == 16000
-    clip = PackedSpeech(tmp_path / "out", sample_rate_hz=16000, crop_samples=100, seed=0).clips[0]
-    assert (clip.corpus, clip.speaker, clip.text, clip.num_samples) == ("c", "s", "HELLO", 16000)
-    with pytest.raises(ValueError, match="has no rows of split 'test'"):
-        pack_audio(tmp_path / "list.tsv", tmp_path / "out", sample_rate_hz=16000, split="test")
-    with pytest.raises(ValueError, match="neither a folder"):
-        pack_audio(tmp_path / "nothing", tmp_path / "out", sample_rate_hz=16000)
-    with pytest.raises(ValueError, match="packed at 16000 Hz"):
-        PackedSpeech(tmp_path / "out", sample_rate_hz=24000, crop_samples=100, seed=0)
-    with pytest.raises(ValueError, match=r"tools\.prepare_data"):
-        PackedSpeech(tmp_path, sample_rate_hz=24000, crop_samples=100, seed=0)
+def test_the_optimizer_is_muon_and_adamw_and_resumes() -> None:
+    def made(seed: int) -> tuple[torch.nn.Module, MuonAdamW]:
+        module = tiny_codec(seed=seed).requires_grad_(True)
+        return module, MuonAdamW(module, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def step(module: Any, optimizer: MuonAdamW) -> None:
+        audio = torch.from_numpy(speech_like(640))[None, None]
+        heard = module.synthesize(module.analyze(audio), 640)
+        optimizer.zero_grad()
+        (heard - audio).square().mean().backward()
+        optimizer.step()
+
+    one, first = made(0)
+    before = {name: value.clone() for name, value in one.named_parameters()}
+    step(one, first)
+    assert all(not torch.equal(value, before[name]) for name, value in one.named_parameters())
+    # Muon moves a matrix by an orthogonal one: all its singular values are alike.
+    change = one.encoder.layers[1].weight - before["encoder.layers.1.weight"]  # type: ignore[union-attr, index, operator]
+    singular = torch.linalg.svdvals(change.detach())
+    assert float(singular.min() / singular.max()) > 0.5
+
+    two, second = made(1)
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # loading shares the tensors it is given
+    for module, optimizer in ((one, first), (two, second)):
+        step(module, optimizer)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_optimizers_are_known_by_name() -> None:
+    linear = torch.nn.Linear(2, 2)
+    for algorithm, kind in (("muon", MuonAdamW), ("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)):
+        settings = OptimizerSettings(algorithm=algorithm, lr=0.1, betas=(0.5, 0.9), weight_decay=0.25)
+        optimizer = build_optimizer(settings, linear, "optimizer")
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0]["weight_decay"] == 0.25
+    with pytest.raises(ValueError, match=r"optimizer\.algorithm='sgd' is not one of muon, adamw, adam"):
+        build_optimizer(OptimizerSettings(algorithm="sgd", lr=0.1, betas=(0.5, 0.9)), linear, "optimizer")
+    muon = OptimizerSettings(algorithm="muon", lr=0.1, betas=(0.5, 0.9))
+    with pytest.raises(ValueError, match="optimizer: muon needs weight matrices"):
+        build_optimizer(muon, torch.nn.Conv1d(1, 1, 3), "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "factors"),
+    [
+        (ScheduleSettings(), (0, 110, 500), (1.0, 1.0, 1.0)),
+        (
+            ScheduleSettings(warmup_steps=10, final_fraction=0.01),
+            (0, 9, 10, 60, 110, 500),
+            (0.1, 1.0, 1.0, 0.505, 0.01, 0.01),
+        ),
+        (ScheduleSettings(decay=0.5, decay_every_steps=10), (0, 9, 10, 19, 20), (1.0, 1.0, 0.5, 0.5, 0.25)),
+        (ScheduleSettings(warmup_steps=2, decay=0.5), (0, 1, 2), (0.5, 0.5, 0.25)),
+    ],
+)
+def test_the_learning_rate_follows_the_step(
+    schedule: ScheduleSettings, steps: tuple[int, ...], factors: tuple[float, ...]
+) -> None:
+    assert [schedule_factor(schedule, step, total_steps=110) for step in steps] == pytest.approx(list(factors))
+
+
+# Losses
 
 
 def test_losses_are_zero_for_equals_and_relative_to_the_target() -> None:
@@ -202,50 +241,3 @@ def test_losses_are_zero_for_equals_and_relative_to_the_target() -> None:
     assert estimate.grad is not None
     assert torch.isfinite(estimate.grad).all()
     assert float(si_sdr_db(3 * audio, audio)) > 60
-
-
-def test_the_optimizer_is_muon_and_adamw_and_resumes() -> None:
-    def build(seed: int) -> tuple[torch.nn.Module, MuonAdamW]:
-        module = tiny_codec(seed=seed).requires_grad_(True)
-        return module, MuonAdamW(module, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.98))
-
-    def step(module: Any, optimizer: MuonAdamW) -> None:
-        audio = torch.from_numpy(speech_like(640))[None]
-        latents, _ = module.encode_latents(audio, module.encoder.init_state(1))
-        heard, _ = module.decode_latents(latents, module.decoder.init_state(1))
-        optimizer.zero_grad()
-        (heard - audio).square().mean().backward()
-        optimizer.step()
-
-    one, first = build(0)
-    before = {name: value.clone() for name, value in one.named_parameters()}
-    step(one, first)
-    assert all(not torch.equal(value, before[name]) for name, value in one.named_parameters())
-    # Muon moves a matrix by an orthogonal one: all its singular values are alike.
-    change = one.encoder.layers[1].weight - before["encoder.layers.1.weight"]  # type: ignore[union-attr, index, operator]
-    singular = torch.linalg.svdvals(change.detach())
-    assert float(singular.min() / singular.max()) > 0.5
-
-    two, second = build(1)
-    two.load_state_dict(one.state_dict())
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # loading shares the tensors it is given
-    for module, optimizer in ((one, first), (two, second)):
-        step(module, optimizer)
-    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_the_schedule_warms_up_and_ends_low() -> None:
-    _, optimizer = (
-        tiny_codec(),
-        MuonAdamW(tiny_codec().requires_grad_(True), lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
-    )
-    schedule = warmup_cosine(optimizer, warmup_steps=10, total_steps=110, final_fraction=0.01)
-    factors = [schedule.lr_lambdas[0](step) for step in (0, 9, 10, 60, 110, 500)]
-    assert factors == pytest.approx([0.1, 1.0, 1.0, 0.505, 0.01, 0.01])
-
-
-def test_an_unknown_value_in_the_model_is_named() -> None:
-    values = to_dict(tiny_config()) | {"colour": "red"}
-    with pytest.raises(ValueError, match=r"model\.colour: multirate has no such setting"):
-        from_dict(values, "model")

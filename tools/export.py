@@ -1,18 +1,23 @@
 """Turn a training run into a model that `codec.load` loads: `python -m tools.export RUN OUT --name NAME@VERSION`.
 
-RUN is the `output_dir` of `recipes.train`. OUT receives `config.json` and `model.safetensors`.
+RUN is the `output_dir` of `recipes.train`. OUT receives `config.json` and `model.safetensors`. Where the run kept
+moving averages of the weights, these are what is exported; weight norm is folded.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from codec.layers.conv import add_weight_norm, fold_weight_norm
 from codec.pretrained import save
+from recipes.module import wants_weight_norm
+from recipes.settings import one_line, parse
 from recipes.train import build_codec
 
 
@@ -21,12 +26,20 @@ def export(run: Path, out: Path, *, name: str, checkpoint: str = "last.ckpt", dt
     file = run / "checkpoints" / checkpoint
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
-    codec = build_codec(OmegaConf.load(run / "config.yaml"))  # type: ignore[arg-type]
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    settings = replace(parse(config), init_from=None)  # the model is written out there
+    codec = build_codec(settings)
+    if wants_weight_norm(codec, settings):
+        add_weight_norm(codec)
     # Weights-only: a checkpoint from elsewhere can run no code here.
-    state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    codec.load_state_dict(
-        {key.removeprefix("codec."): value for key, value in state.items() if key.startswith("codec.")}
-    )
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    weights = {key.removeprefix("codec."): v for key, v in state["state_dict"].items() if key.startswith("codec.")}
+    try:
+        codec.load_state_dict(state["average"]["values"] if "average" in state else weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit {run / 'config.yaml'}: {one_line(error)}") from error
+    fold_weight_norm(codec)
     return save(codec, out, name=name, dtype=dtype)
 
 

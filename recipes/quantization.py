@@ -1,0 +1,105 @@
+"""How a quantizer takes part in training: it is brought in gradually, loses stages at random, and learns once a step.
+
+A decoder that never saw clean latents does not learn phase, so no item is quantized before `start_step`. Then latents
+are collected until there are enough to set the codebooks, where the quantizer wants that; from there the share of
+quantized items grows to all of them over `ramp_steps`.
+
+Quantizer dropout, so that prefixes of the codes are models of lower rates: per item (SoundStream, Zeghidour et al.
+2021, section III-C), for the first items of a batch (as DAC is published), or one prefix for a whole batch (EnCodec,
+Défossez et al. 2022, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codec.quantizers.interface import Quantized, Quantizer
+from recipes.distributed import rank_and_size, share_of
+from recipes.settings import QuantizationSettings
+
+
+class QuantizerTraining:
+    """Quantizes in training. Draws depend on the generator that is given alone, and so on the step.
+
+    `since`: the step in which the quantizer came in, None before that. One that is trained already is in from the
+    first step on, with all items.
+    """
+
+    def __init__(self, quantizer: Quantizer, settings: QuantizationSettings, *, seed: int, is_trained: bool) -> None:
+        self.quantizer = quantizer
+        self.settings = settings
+        self.seed = seed
+        self.since: int | None = -settings.ramp_steps if is_trained else None
+        self.prefixes = torch.tensor(settings.prefixes or quantizer.valid_num_quantizers)
+        unknown = set(self.prefixes.tolist()) - set(quantizer.valid_num_quantizers)
+        if unknown:
+            raise ValueError(
+                f"quantization.prefixes: {sorted(unknown)} are not of {quantizer.valid_num_quantizers}, the numbers of "
+                "code rows that this model can have"
+            )
+        self._collected: list[Tensor] = []
+        self._to_learn_from: list[Quantized] = []
+
+    def __call__(self, latents: Tensor, step: int, draws: torch.Generator) -> tuple[Tensor, Quantized | None]:
+        """Latents [B, D, F] -> what the decoder gets in this step, and what the quantizer made of all of them."""
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.float()
+            if self.since is None and step >= self.settings.start_step:
+                self._collect(latents.detach(), step)
+            share = self.share_in(step)
+            if share == 0.0:
+                return latents, None
+            quantized = self.quantizer(latents, num_quantizers=self.draw_prefixes(len(latents), draws))
+            self._to_learn_from.append(quantized)
+            is_quantized = share_of(torch.rand(len(latents) * rank_and_size()[1], generator=draws)) < share
+            mixed = torch.where(is_quantized.to(latents.device).view(-1, 1, 1), quantized.latents, latents)
+            return mixed, quantized
+
+    def share_in(self, step: int) -> float:
+        """The share of items to quantize in a step."""
+        if self.since is None:
+            return 0.0
+        return min(1.0, (step - self.since + 1) / max(1, self.settings.ramp_steps))
+
+    def draw_prefixes(self, batch_size: int, draws: torch.Generator) -> Tensor:
+        """How many code rows each item [B] keeps: quantizer dropout."""
+        settings, num_items = self.settings, batch_size * rank_and_size()[1]
+        drawn = self.prefixes[torch.randint(len(self.prefixes), (num_items,), generator=draws)]
+        tossed = torch.rand(num_items, generator=draws)
+        if settings.dropout_unit == "batch":
+            drawn, tossed = drawn[:1].expand(num_items), tossed[:1].expand(num_items)
+        is_dropped = tossed < settings.dropout_share
+        if settings.dropout_unit == "first_items":
+            is_dropped = torch.arange(num_items) < int(num_items * settings.dropout_share)
+        return share_of(torch.where(is_dropped, drawn, self.quantizer.valid_num_quantizers[-1]))
+
+    def update(self) -> None:
+        """Let the quantizer learn from the batches since the last call: once per step of the optimizer."""
+        if self._to_learn_from:
+            with torch.autocast(self._to_learn_from[0].inputs.device.type, enabled=False):
+                self.quantizer.update(*self._to_learn_from)
+            self._to_learn_from.clear()
+
+    def _collect(self, latents: Tensor, step: int) -> None:
+        """Set the codebooks in this step, if there are latents enough for it by now."""
+        self._collected.append(latents)
+        num_frames = sum(part.shape[0] * part.shape[2] for part in self._collected)
+        if num_frames < self.quantizer.num_frames_to_initialize:
+            return
+        rows_ND = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in self._collected])
+        self.quantizer.initialize(rows_ND.t()[None], seed=self.seed)
+        self._collected.clear()
+        self.since = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the quantizer's weights."""
+        return {"since": self.since, "collected": self._collected, "quantizer": self.quantizer.training_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.since = state["since"]
+        self._collected = list(state["collected"])
+        self.quantizer.load_training_state(state["quantizer"])

@@ -1,0 +1,249 @@
+"""The configuration of a run as typed values: everything in `configs/` is checked here, before anything is built.
+
+Sections are frozen dataclasses. An unknown key, a value of another type and an impossible combination are ValueErrors
+of one line that begins with the dotted path, such as `adversary.optimizer.lr`. Models, losses and discriminators are
+mappings with a "type" (see `codec.config`), which whoever builds them checks in the same way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from codec.config import from_values
+from recipes.losses import GAN_KINDS, REDUCTIONS
+
+PRECISIONS = ("32-true", "bf16-mixed")
+DROPOUT_UNITS = ("item", "first_items", "batch")
+# What of `trainer` this recipe sets itself, and where the user says it instead.
+_NOT_OF_THE_TRAINER = {
+    "accumulate_grad_batches": "raise data.batch_size",
+    "gradient_clip_val": "set optimizer.clip_norm",
+    "gradient_clip_algorithm": "set optimizer.clip_norm",
+    "max_epochs": "set trainer.max_steps",
+    "min_epochs": "set trainer.max_steps",
+    "strategy": "set trainer.devices and trainer.num_nodes",
+    "logger": "logs go to output_dir",
+    "callbacks": "they are fixed",
+    "default_root_dir": "set output_dir",
+    "use_distributed_sampler": "data.* says what is drawn",
+    "enable_checkpointing": "checkpoints go to output_dir",
+    "overfit_batches": "point data.train_dir to few files",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """The learning rate over steps, as a factor; see `recipes.optimizers.schedule_factor`."""
+
+    warmup_steps: int = 0
+    final_fraction: float = 1.0
+    decay: float = 1.0
+    decay_every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.decay_every_steps < 1:
+            raise ValueError("warmup_steps must not be negative and decay_every_steps must be positive")
+        if not 0.0 <= self.final_fraction <= 1.0 or not 0.0 < self.decay <= 1.0:
+            raise ValueError("final_fraction must lie in 0..1 and decay in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """`algorithm` is one of `recipes.optimizers.OPTIMIZERS`; `clip_norm` bounds the norm of all gradients together."""
+
+    algorithm: str
+    lr: float
+    betas: tuple[float, ...]
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0.0 or self.weight_decay < 0.0:
+            raise ValueError(f"lr must be positive and weight_decay not negative, got {self.lr}, {self.weight_decay}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.clip_norm is not None and self.clip_norm <= 0.0:
+            raise ValueError(f"clip_norm must be positive or null, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings:
+    """How the quantizer is brought in, and its dropout; see `recipes.quantization`.
+
+    The quantizer is left out before `start_step`; the share of quantized items then grows over `ramp_steps`.
+
+    `dropout_share` of the items draw a prefix of the code rows, uniformly from `prefixes` (null: all valid ones), and
+    the others keep all rows. `dropout_unit`: "item" tosses for each item, "first_items" takes that share from the
+    batch's beginning, "batch" tosses once for the whole batch, which then has one prefix.
+    """
+
+    start_step: int = 0
+    ramp_steps: int = 0
+    dropout_share: float = 0.0
+    dropout_unit: str = "item"
+    prefixes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.start_step, self.ramp_steps) < 0:
+            raise ValueError("start_step and ramp_steps must not be negative")
+        if not 0.0 <= self.dropout_share <= 1.0:
+            raise ValueError(f"dropout_share={self.dropout_share} is not in 0..1")
+        _check_choice("dropout_unit", self.dropout_unit, DROPOUT_UNITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancerSettings:
+    """The gradient balancer; see `recipes.balancer`.
+
+    `total_norm` is what each item's gradient at the output comes to. These are summed over the items of all processes,
+    whereas losses that are not heard, such as commitment, are means over them.
+    """
+
+    decay: float = 0.999
+    total_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """`terms` are what `recipes.losses.ReconstructionLoss` is built from.
+
+    `weights` name every term and the quantizer's losses; a loss without a weight is a mistake. With a balancer the
+    weights of what is heard are shares of the gradient at the decoder's output.
+    """
+
+    terms: Any
+    weights: dict[str, float]
+    balancer: BalancerSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarySettings:
+    """Discriminators, what they are trained by, and what the codec learns from them; see `recipes.adversary`.
+
+    `loss`, `reduction` and `relative_features` as `recipes.losses` explains them. `weights` of `adversarial` and
+    `feature` among the codec's losses.
+
+    The discriminators begin to learn at `start_step`, in every `every_n_steps`-th step; the codec listens to them
+    `head_start_steps` later. `crop_samples`: they hear random crops of that length, the same of both signals; null is
+    all. `num_active`: how many of the sub-discriminators take part in a step, in turns; null is all.
+    """
+
+    discriminators: tuple[Any, ...]
+    optimizer: OptimizerSettings
+    weights: dict[str, float]
+    loss: str = "hinge"
+    reduction: str = "mean"
+    relative_features: bool = False
+    start_step: int = 0
+    head_start_steps: int = 0
+    every_n_steps: int = 1
+    crop_samples: int | None = None
+    num_active: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("loss", self.loss, GAN_KINDS)
+        _check_choice("reduction", self.reduction, REDUCTIONS)
+        if set(self.weights) != {"adversarial", "feature"} or min(self.weights.values()) < 0.0:
+            raise ValueError(f"weights must be of adversarial and feature, and not negative, got {self.weights}")
+        if not self.discriminators:
+            raise ValueError("discriminators is empty; adversary=none trains without")
+        if min(self.start_step, self.head_start_steps) < 0 or self.every_n_steps < 1:
+            raise ValueError("start_step and head_start_steps must not be negative, every_n_steps must be positive")
+        if self.crop_samples is not None and self.crop_samples < 1:
+            raise ValueError(f"crop_samples must be positive or null, got {self.crop_samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageSettings:
+    """A moving average of the weights, which validation and export use; see `recipes.averaging`."""
+
+    decay: float = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Dev crops are reconstructed from `num_quantizers` code rows each (null: all and half of them).
+
+    `monitor` is a loss, or `si_sdr_db`: the checkpoint that is best by it, with all code rows, is kept.
+    `num_examples` of the dev crops can be heard and seen in TensorBoard.
+    """
+
+    num_quantizers: tuple[int, ...] | None = None
+    monitor: str = "total"
+    num_examples: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole run; see `configs/train.yaml`."""
+
+    output_dir: str
+    data: Any
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    trainer: dict[str, Any]
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    model: Any = None
+    adversary: AdversarySettings | None = None
+    average: AverageSettings | None = None
+    weight_norm: bool | None = None
+    seed: int = 0
+    num_threads: int | None = None
+    resume: bool = False
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_trainer(self.trainer)
+
+    @property
+    def max_steps(self) -> int:
+        """Generator steps of the whole run."""
+        return int(self.trainer["max_steps"])
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Steps between two rows of the logs."""
+        return int(self.trainer.get("log_every_n_steps", 50))
+
+
+def parse(config: DictConfig) -> Settings:
+    """The settings that a composed configuration says; ValueError of one line with the path of what is wrong."""
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(one_line(error)) from error
+    settings: Settings = from_values(Settings, values, "")
+    return settings
+
+
+def one_line(error: Exception) -> str:
+    """What a configuration library says in many lines: the path, and what is wrong with it."""
+    path = getattr(error, "full_key", None)
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path}: {message}" if path and path not in message else message
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    for key in trainer:
+        if key in _NOT_OF_THE_TRAINER:
+            raise ValueError(f"trainer.{key} cannot be set here; {_NOT_OF_THE_TRAINER[key]}")
+        if key not in known:
+            raise ValueError(f"trainer.{key}: there is no such setting of pytorch_lightning.Trainer")
+    if not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1:
+        raise ValueError(f"trainer.max_steps must be a positive number of steps, got {trainer.get('max_steps')}")
+    if trainer.get("precision", "32-true") not in PRECISIONS:
+        raise ValueError(f"trainer.precision={trainer['precision']!r} is not one of {PRECISIONS}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {choices}")
