@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import resource_tracker
@@ -22,6 +23,7 @@ from codec.files import discard_all, discard_of
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STANDARD = "-"  # standard input or output, in place of a path
 
 
@@ -182,19 +184,36 @@ def _helper(work: Callable[[Any, Advance], Any]) -> Iterator[_Helper]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_help, args=(theirs, work))
     resource_tracker.ensure_running()  # not within `start`, since it lets signals through
-    # Signals to this process wait until it knows its helper, and the helper inherits that they wait: it leaves Ctrl-C
-    # and the end of the terminal to this process.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
+    with _signals_wait():  # until this process knows its helper
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     try:
         yield _Helper(process, ours)
     finally:
         ours.close()
         process.join()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals to this process wait, and processes started meanwhile inherit that they wait: Ctrl-C is not for them."""
+    arrived: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # A thread of a library does not have the mask. What it takes in, Python hands to the main thread, mask or not.
+    for number, handler in handlers.items():
+        if handler not in (signal.SIG_IGN, None):  # started processes inherit SIG_IGN, and shall
+            signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 def _help(connection: Connection, work: Callable[[Any, Advance], Any]) -> None:

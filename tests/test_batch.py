@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from codec import batch
 from codec.batch import STANDARD, Advance, Job, Outcome, PlanError, plan, run
 from codec.files import AtomicFile
 
@@ -167,3 +169,18 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_signals_wait_while_a_helper_starts_whichever_thread_takes_them() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    taker = threading.Thread(target=time.sleep, args=(0.5,))  # has no mask, as threads of libraries have none
+    try:
+        taker.start()
+        with batch._signals_wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+            taker.join()
+            assert seen == []
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -13,8 +13,7 @@ from margins import assert_same_codes
 from codec import config as codec_config
 from codec import token_format
 from codec.layers.conv import add_weight_norm, fold_weight_norm
-from codec.models.interface import AudioCodec
-from codec.models.interface import UNLIMITED
+from codec.models.interface import UNLIMITED, AudioCodec
 from codec.models.seanet import SEANetCodec, SEANetConfig
 from codec.pretrained import load, save
 from codec.quantizers.residual import ResidualVQConfig
