@@ -223,10 +223,8 @@ class SpeechData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of the next epoch."""
-        self.setup()
         trainer, settings = self.trainer, self.settings
         assert trainer is not None
-        assert self._train is not None
         items_per_step = settings.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         sampler = RunSampler(
             items_per_step * settings.steps_per_epoch,
@@ -235,7 +233,7 @@ class SpeechData(pl.LightningDataModule):
             num_ranks=trainer.world_size,
         )
         return DataLoader(
-            self._train,
+            self.crops(),
             settings.batch_size,
             sampler=sampler,
             num_workers=settings.num_workers,
@@ -251,11 +249,15 @@ class SpeechData(pl.LightningDataModule):
         settings = self.settings
         return DataLoader(self._dev, settings.batch_size, sampler=range(settings.num_dev_items), collate_fn=collate)
 
-    def describe(self, item: int) -> str:
-        """Where a training item comes from: its file, and its first sample at that file's rate."""
+    def crops(self) -> Crops:
+        """All training items; which of them a step has is for the loader."""
         self.setup()
         assert self._train is not None
-        return str(self._train.place(item))
+        return self._train
+
+    def describe(self, item: int) -> str:
+        """Where a training item comes from: its file, and its first sample at that file's rate."""
+        return str(self.crops().place(item))
 
     def _pool(self, split: str) -> Pool:
         weights = self.settings.corpus_weights if split == "train" else None

@@ -9,6 +9,12 @@ one after another in every repetition, it times
 
 All of it as a run does it: batch, crops, precision and optimizers are those of the experiment. Numbers are medians over
 repetitions; where discriminators take turns, a repetition is the mean over one round of them.
+
+    python -m tools.benchmark_training --parts speech_16k encodec_24k --data SOURCE --batch-size 4
+
+tells instead what the parts of a whole step of these experiments take, each alone: reading a batch in one process
+(a worker does it beside the rest), codec, quantizer and discriminators; and how much audio a second all get through.
+Losses are a weighted sum here, also where a run balances their gradients.
 """
 
 from __future__ import annotations
@@ -28,16 +34,21 @@ import hydra
 import torch
 from hydra.errors import HydraException
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from codec.layers.conv import add_weight_norm
 from codec.models.interface import Codec
 from codec.pretrained import load
 from codec.quantizers.interface import Quantized
 from codec.testing import speech_like
 from codec.token_format import DEFAULT_MODEL
 from recipes.adversary import Adversary
+from recipes.data import SpeechData
 from recipes.losses import ReconstructionLoss
+from recipes.module import wants_weight_norm
 from recipes.optimizers import build_optimizer
 from recipes.settings import Settings, parse
+from recipes.train import build_codec
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -60,20 +71,36 @@ class Cost:
     audio_s_per_s: float
 
 
-def settings_for(adversary: str, *, experiment: str = "speech_16k") -> Settings:
-    """The settings of an experiment with another adversary, `"name"` or `"name,key=value,..."`.
+@dataclass(frozen=True)
+class Parts:
+    """Median milliseconds of the parts of one step, and how much audio they get through; data is read beside them."""
 
-    ValueError where there is no such adversary or setting.
+    experiment: str
+    batch_size: int
+    data_ms: float
+    codec_ms: float
+    quantizer_ms: float
+    discriminators_ms: float
+    codec_share: float
+    quantizer_share: float
+    discriminators_share: float
+    audio_s_per_s: float
+
+
+def settings_for(adversary: str | None, *, experiment: str = "speech_16k", data: str = "none") -> Settings:
+    """The settings of an experiment, with its own adversary or another, `"name"` or `"name,key=value,..."`.
+
+    ValueError where there is no such experiment, adversary or setting.
     """
-    name, *changes = adversary.split(",")
-    overrides = [f"experiment={experiment}", f"adversary={name}", *(f"adversary.{change}" for change in changes)]
+    overrides = [f"experiment={experiment}", "output_dir=none", f"data.train_dir={data}", f"data.dev_dir={data}"]
+    if adversary is not None:
+        name, *changes = adversary.split(",")
+        overrides += [f"adversary={name}", *(f"adversary.{change}" for change in changes)]
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose(
-                "train", [*overrides, "output_dir=none", "data.train_dir=none", "data.dev_dir=none"]
-            )
+            composed = hydra.compose("train", overrides)
     except HydraException as error:
-        raise ValueError(f"{adversary}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{adversary or experiment}: {str(error).splitlines()[0]}") from error
     return parse(composed)
 
 
@@ -82,7 +109,10 @@ class CodecStep:
 
     def __init__(self, codec: Codec, settings: Settings, *, batch_size: int) -> None:
         self.codec = codec.requires_grad_(True).train()
+        if wants_weight_norm(codec, settings):
+            add_weight_norm(codec)
         self.settings = settings
+        self.quantizer_ms = 0.0  # of the last step
         self.precision = settings.trainer["precision"]
         self.reconstruction = ReconstructionLoss(settings.loss.terms, sample_rate_hz=codec.sample_rate_hz)
         self.optimizer = build_optimizer(settings.optimizer, codec, "optimizer")
@@ -97,9 +127,13 @@ class CodecStep:
     def __call__(self) -> Tensor:
         """One step; returns the decoded audio [B, C, T], detached."""
         made: list[Quantized] = []
+        self.quantizer_ms = 0.0
 
         def quantize(latents: Tensor) -> Tensor:
-            made.append(self.codec.quantizer(latents.float()))
+            started = time.perf_counter()
+            with torch.autocast("cpu", enabled=False):
+                made.append(self.codec.quantizer(latents.float()))
+            self.quantizer_ms += 1000 * (time.perf_counter() - started)
             return made[0].latents
 
         with mixed(self.precision):
@@ -108,7 +142,9 @@ class CodecStep:
             self.optimizer.zero_grad()
             torch.stack([self.settings.loss.weights[name] * loss for name, loss in losses.items()]).sum().backward()
         self.optimizer.step()
+        started = time.perf_counter()
         self.codec.quantizer.update(*made)
+        self.quantizer_ms += 1000 * (time.perf_counter() - started)
         return estimate.detach()
 
 
@@ -201,6 +237,53 @@ def measure(adversaries: Sequence[str], *, experiment: str, batch_size: int | No
     return costs
 
 
+def measure_parts(experiment: str, *, data: str, batch_size: int | None, num_runs: int) -> Parts:
+    """Time the parts of a step of an experiment, new from its model, on as many CPU threads as torch has."""
+    settings = settings_for(None, experiment=experiment, data=data)
+    rows = batch_size or int(settings.data["batch_size"])
+    crops = _crops(settings)
+    codec_step = CodecStep(build_codec(settings), settings, batch_size=rows)
+    adversary = AdversarySteps(experiment, settings, codec_step) if settings.adversary else None
+    times: list[tuple[float, float, float, float]] = []
+    for run in range(num_runs + 1):
+        started = time.perf_counter()
+        for item in range(run * rows, (run + 1) * rows):
+            crops[item]
+        data_ms = 1000 * (time.perf_counter() - started)
+        started = time.perf_counter()
+        codec_step()
+        codec_ms = 1000 * (time.perf_counter() - started) - codec_step.quantizer_ms
+        discriminators_ms = 0.0
+        if adversary is not None:
+            own_ms = adversary.over_a_round(adversary.discriminators) / adversary.every_n_steps
+            discriminators_ms = own_ms + adversary.over_a_round(adversary.generator)
+        times.append((data_ms, codec_ms, codec_step.quantizer_ms, discriminators_ms))
+    medians = (statistics.median(taken) for taken in zip(*times[1:], strict=True))  # the first: not timed
+    data_ms, codec_ms, quantizer_ms, discriminators_ms = medians
+    total_ms = codec_ms + quantizer_ms + discriminators_ms
+    seconds = rows * codec_step.audio.shape[2] / codec_step.codec.sample_rate_hz
+    return Parts(
+        experiment=experiment,
+        batch_size=rows,
+        data_ms=data_ms,
+        codec_ms=codec_ms,
+        quantizer_ms=quantizer_ms,
+        discriminators_ms=discriminators_ms,
+        codec_share=codec_ms / total_ms,
+        quantizer_share=quantizer_ms / total_ms,
+        discriminators_share=discriminators_ms / total_ms,
+        audio_s_per_s=1000 * seconds / total_ms,
+    )
+
+
+def _crops(settings: Settings) -> Dataset[tuple[Tensor, int]]:
+    codec = build_codec(settings)
+    data = SpeechData(
+        settings.data, sample_rate_hz=codec.sample_rate_hz, num_channels=codec.num_channels, seed=settings.seed
+    )
+    return data.crops()
+
+
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     names = list(rows[0])
     cells = [[f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
@@ -212,8 +295,10 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse arguments and measure; a mistake in them is one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adversaries", nargs="+", metavar="NAME[,KEY=VALUE...]", help="see configs/adversary")
+    parser.add_argument("adversaries", nargs="*", metavar="NAME[,KEY=VALUE...]", help="see configs/adversary")
     parser.add_argument("--experiment", default="speech_16k", help="of the bundled model (default: speech_16k)")
+    parser.add_argument("--parts", nargs="+", default=[], metavar="EXPERIMENT", help="time the parts of their steps")
+    parser.add_argument("--data", help="with --parts: recordings to draw batches from")
     parser.add_argument("--batch-size", type=int, help="crops per step (default: the experiment's)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--num-runs", type=int, default=3, help="repetitions (default: 3)")
@@ -224,12 +309,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if min(args.num_runs, args.threads, args.batch_size or 1) < 1:
             raise ValueError("--num-runs, --threads and --batch-size must be positive")
-        costs = measure(
-            args.adversaries, experiment=args.experiment, batch_size=args.batch_size, num_runs=args.num_runs
-        )
+        if bool(args.parts) == bool(args.adversaries) or bool(args.parts) != bool(args.data):
+            raise ValueError("name adversaries, or else --parts with --data")
+        amounts = {"batch_size": args.batch_size, "num_runs": args.num_runs}
+        rows = [asdict(measure_parts(name, data=args.data, **amounts)) for name in args.parts]
+        if args.adversaries:
+            rows = [asdict(cost) for cost in measure(args.adversaries, experiment=args.experiment, **amounts)]
     except ValueError as error:
         sys.exit(f"error: {error}")
-    rows = [asdict(cost) for cost in costs]
     if args.json:
         about = {"threads": args.threads, "torch": torch.__version__, "machine": platform.processor()}
         print(json.dumps(about | {"training": rows}))
