@@ -28,7 +28,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool) -> Any:
         raise ValueError(f"{path} is no file")
     is_pickle = path.suffix != ".safetensors"
     if is_pickle and not allow_pickle:
-        raise ValueError(f"{path} is not a .safetensors file; if you trust it, allow_pickle=True reads it")
+        raise ValueError(f"{path} is not a .safetensors file; if you trust it, allow_pickle=True (--allow-pickle) reads it")
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except Exception as error:  # both raise types of their own
