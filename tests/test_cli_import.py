@@ -190,9 +190,10 @@ def test_wrong_usage_is_status_2() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_are_told_by_their_settings(folder: Path, kind: str) -> None:
     assert detect_kind(_checkpoint(kind, folder)) == kind
-    for config in ("[]", "{}", '{"model_type": "bert"}'):
+    unknown = "no checkpoint that is known"
+    for config, reason in (("[]", "is not a mapping"), ("{}", unknown), ('{"model_type": "bert"}', unknown)):
         (folder / f"{kind}_source" / "config.json").write_text(config)
-        with pytest.raises(ValueError, match="no checkpoint that is known"):
+        with pytest.raises(ValueError, match=reason):
             detect_kind(folder / f"{kind}_source")
 
 

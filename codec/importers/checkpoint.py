@@ -6,6 +6,7 @@ run no code. Every tensor of a checkpoint is used once, and every tensor of ours
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +29,24 @@ def read_checkpoint(path: Path, *, allow_pickle: bool) -> Any:
         raise ValueError(f"{path} is no file")
     is_pickle = path.suffix != ".safetensors"
     if is_pickle and not allow_pickle:
-        raise ValueError(f"{path} is not a .safetensors file; if you trust it, allow_pickle=True (--allow-pickle) reads it")
+        raise ValueError(
+            f"{path} is not a .safetensors file; if you trust it, allow_pickle=True (--allow-pickle) reads it"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except Exception as error:  # both raise types of their own
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ValueError where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a mapping")
+    return data
 
 
 def checked_tensors(tensors: Any, path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ dac/nn/quantize.py; files as `audiotools.ml.BaseModel` writes them) and https://
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from codec.config import from_dict
-from codec.importers.checkpoint import check_tensors, checked_tensors, fold_weight_norm, read_checkpoint, renamed
+from codec.importers.checkpoint import (
+    check_tensors,
+    checked_tensors,
+    fold_weight_norm,
+    read_checkpoint,
+    read_json,
+    renamed,
+)
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS, DACCodec, DACConfig
 
 # The published models differ in their number of codebooks, so bare tensors of one tell which it is.
@@ -137,11 +143,8 @@ def _of_package(metadata: Any, path: Path) -> DACConfig:
 
 def _of_transformers(path: Path) -> DACConfig:
     """The configuration in a config.json of `transformers`."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict) or data.get("model_type") != "dac":
+    data = read_json(path)
+    if data.get("model_type") != "dac":
         raise ValueError(f"{path} does not describe a DAC model")
     return _config(data, _TRANSFORMERS_NAMES, str(path))
 

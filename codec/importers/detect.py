@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from codec.importers.checkpoint import read_checkpoint
+from codec.importers.checkpoint import read_checkpoint, read_json
 from codec.models.interface import Codec
 
 KINDS = ("encodec", "dac", "hificodec")
@@ -70,12 +69,7 @@ def detect_kind(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
 
 def _kind_of_folder(folder: Path) -> str | None:
     path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        return None
+    data = read_json(path)
     if data.get("model_type") in ("encodec", "dac"):
         return str(data["model_type"])
     return "hificodec" if "upsample_rates" in data else None

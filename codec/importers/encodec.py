@@ -11,7 +11,6 @@ https://github.com/huggingface/transformers (models/encodec).
 
 from __future__ import annotations
 
-import json
 import os
 from math import ceil, prod
 from pathlib import Path
@@ -21,7 +20,14 @@ import torch
 from torch import Tensor
 
 from codec.config import from_dict
-from codec.importers.checkpoint import check_tensors, checked_tensors, fold_weight_norm, read_checkpoint, renamed
+from codec.importers.checkpoint import (
+    check_tensors,
+    checked_tensors,
+    fold_weight_norm,
+    read_checkpoint,
+    read_json,
+    renamed,
+)
 from codec.models.seanet import SEANetCodec, SEANetConfig
 from codec.quantizers.residual import ResidualVQConfig
 
@@ -112,11 +118,8 @@ def _stack_codebooks(tensors: dict[str, Tensor], config: ResidualVQConfig, path:
 
 def _read_config(path: Path) -> SEANetConfig:
     """The configuration in a config.json of `transformers`. ValueError for what no `SEANetConfig` can say."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict) or data.get("model_type") != "encodec":
+    data = read_json(path)
+    if data.get("model_type") != "encodec":
         raise ValueError(f"{path} does not describe an EnCodec model")
     try:
         values = _converted_config(data)

@@ -10,7 +10,6 @@ egs/HiFi-Codec-*/config_*.json for the settings).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +20,14 @@ import torch
 from torch import Tensor
 
 from codec.config import from_dict
-from codec.importers.checkpoint import check_tensors, checked_tensors, fold_weight_norm, read_checkpoint, renamed
+from codec.importers.checkpoint import (
+    check_tensors,
+    checked_tensors,
+    fold_weight_norm,
+    read_checkpoint,
+    read_json,
+    renamed,
+)
 from codec.models.hificodec import (
     HIFICODEC_16K_320D,
     HIFICODEC_24K_240D,
@@ -83,11 +89,8 @@ def read_config(path: str | os.PathLike[str]) -> HiFiCodecConfig:
     Of its settings, those that describe the network count; those of training are left behind.
     """
     path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict) or "upsample_rates" not in data:
+    data = read_json(path)
+    if "upsample_rates" not in data:
         raise ValueError(f"{path} does not describe a HiFi-Codec model")
     try:
         values = _converted_config(data)
