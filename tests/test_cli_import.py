@@ -219,7 +219,7 @@ def test_files_are_told_by_their_tensors(tmp_path: Path, kind: str, name: str) -
     for file, content in layouts.items():
         torch.save(content, tmp_path / file)
         assert detect_kind(tmp_path / file, allow_pickle=True) == kind
-        with pytest.raises(ValueError, match="allow_pickle=True .--allow-pickle. reads it"):
+        with pytest.raises(ValueError, match=r"allow_pickle=True .--allow-pickle. reads it"):
             detect_kind(tmp_path / file)
 
 
