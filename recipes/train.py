@@ -211,6 +211,7 @@ def _run(config: DictConfig) -> None:
 def main() -> None:
     """Command line entry: a mistake in the configuration is one line, not a traceback."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's of PyTorch 2.11; nobody here can heed it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors come through to here
     try:
         _run()
