@@ -101,12 +101,13 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if hint not in _names and not (isinstance(value, dict) and "type" in value):
+        fitting = sorted(name for name, known in _config_classes.items() if issubclass(known, hint))
+        if not fitting and not (isinstance(value, dict) and "type" in value):
             return from_values(hint, value, path)
         config = from_dict(value, path)
         if not isinstance(config, hint):
-            fitting = _names.get(hint, hint.__name__)
-            raise ValueError(f"{path}.type: {value['type']!r} does not fit here, {fitting!r} does")
+            allowed = ", ".join(fitting) or "none"
+            raise ValueError(f"{path}.type: {value['type']!r} does not fit here (what does: {allowed})")
         return config
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -24,6 +24,13 @@ from codec.models import hificodec as _hificodec  # noqa: F401  (likewise)
 from codec.models import multirate as _multirate  # noqa: F401  (likewise)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
 from codec.models.interface import Codec
+from codec.quantizers import binary as _binary  # noqa: F401  (and of quantizers)
+from codec.quantizers import factorized as _factorized  # noqa: F401
+from codec.quantizers import product as _product  # noqa: F401
+from codec.quantizers import residual as _residual  # noqa: F401
+from codec.quantizers import scalar as _scalar  # noqa: F401
+from codec.quantizers import simvq as _simvq  # noqa: F401
+from codec.quantizers import split as _split  # noqa: F401
 from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available
 
 _STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}

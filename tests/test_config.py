@@ -99,7 +99,7 @@ def test_an_integer_is_a_fine_float() -> None:
         ("quantizer", None, r"config\.quantizer: expected a mapping, got None"),
         ("quantizer", "residual_vq", r"config\.quantizer: expected a mapping"),
         ("quantizer", {}, r"config\.quantizer\.type: None is unknown"),
-        ("quantizer", tiny_dict(), r"config\.quantizer\.type: 'multirate' does not fit here, 'residual_vq' does"),
+        ("quantizer", tiny_dict(), r"config\.quantizer\.type: 'multirate' does not fit here .*residual_vq"),
         ("sample_rate_hz", 16000.0, r"config\.sample_rate_hz: expected int, got 16000\.0"),
         ("sample_rate_hz", "16000", r"config\.sample_rate_hz: expected int, got '16000'"),
         ("sample_rate_hz", True, r"config\.sample_rate_hz: expected int, got True"),

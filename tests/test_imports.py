@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config", "layers", "quantizers", "token_format", "tokens"},
     "streaming": {"models", "tokens"},
     "importers": {"config", "files", "layers", "models", "quantizers", "tokens"},
-    "pretrained": {"config", "models", "token_format"},
+    "pretrained": {"config", "models", "quantizers", "token_format"},
     "windows": {"models"},
     "transcode": {"audio", "bitstream", "models", "stretch", "windows"},
     "batch": {"files"},

@@ -30,7 +30,7 @@ from codec.importers.checkpoint import (
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS, DACCodec, DACConfig
 
 # The published models differ in their number of codebooks, so bare tensors of one tell which it is.
-_PUBLISHED = {config.quantizer.num_stages: config for config in (DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS)}
+_PUBLISHED = {12: DAC_16KHZ, 32: DAC_24KHZ, 9: DAC_44KHZ, 18: DAC_44KHZ_16KBPS}
 
 # In this order.
 _RENAMINGS = (

@@ -29,6 +29,7 @@ from codec.importers.checkpoint import (
     renamed,
 )
 from codec.models.seanet import SEANetCodec, SEANetConfig
+from codec.quantizers.interface import QuantizerConfig
 from codec.quantizers.residual import ResidualVQConfig
 
 ENCODEC_24KHZ = SEANetConfig(
@@ -94,10 +95,10 @@ def load_encodec(
     return codec.eval().requires_grad_(False)
 
 
-def _stack_codebooks(tensors: dict[str, Tensor], config: ResidualVQConfig, path: Path) -> None:
+def _stack_codebooks(tensors: dict[str, Tensor], config: QuantizerConfig, path: Path) -> None:
     """Replace the stages' codebooks, and what the trainer keeps beside them, by one tensor of all."""
-    if config.num_groups > 1:
-        raise ValueError("EnCodec's codebooks are not grouped")
+    if not isinstance(config, ResidualVQConfig) or config.num_groups > 1:
+        raise ValueError("EnCodec has a residual_vq whose codebooks are not grouped, and nothing else")
     codebooks, missing = [], []
     for stage in range(config.num_stages):
         prefix = f"quantizer.layers.{stage}.codebook"

@@ -35,6 +35,7 @@ from codec.models.hificodec import (
     HiFiCodec,
     HiFiCodecConfig,
 )
+from codec.quantizers.interface import QuantizerConfig
 from codec.quantizers.residual import ResidualVQConfig
 
 PARTS = ("generator", "encoder", "quantizer")
@@ -180,10 +181,10 @@ def _renamings(config: HiFiCodecConfig) -> Iterator[tuple[str, str]]:
                 yield either + rf"resblocks\.{index}\.convs{which}\.(\d+)\.", rf"\1.{unit}"
 
 
-def _stack_codebooks(tensors: dict[str, Tensor], config: ResidualVQConfig, path: Path) -> None:
+def _stack_codebooks(tensors: dict[str, Tensor], config: QuantizerConfig, path: Path) -> None:
     """Replace the codebooks, stage by stage and group by group, by one tensor of all."""
-    if config.num_stages != len(_STAGES):
-        raise ValueError(f"HiFi-Codec has {len(_STAGES)} stages, not {config.num_stages}")
+    if not isinstance(config, ResidualVQConfig) or config.num_stages != len(_STAGES):
+        raise ValueError(f"HiFi-Codec has a residual_vq of {len(_STAGES)} stages, and nothing else")
     names = [f"quantizer.{stage}.{group}.embedding.weight" for stage in _STAGES for group in range(config.num_groups)]
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"{path} does not fit its config: missing {missing}")

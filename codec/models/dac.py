@@ -28,7 +28,7 @@ from codec.layers.causal import State
 from codec.layers.conv import Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
 from codec.models.interface import WholeCodec
 from codec.quantizers.factorized import FactorizedVQConfig
-from codec.quantizers.interface import Quantizer
+from codec.quantizers.interface import Quantizer, QuantizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class DACConfig:
     """
 
     sample_rate_hz: int
-    quantizer: FactorizedVQConfig
+    quantizer: QuantizerConfig
     encoder_dim: int = 64
     encoder_rates: tuple[int, ...] = (2, 4, 8, 8)
     decoder_dim: int = 1536

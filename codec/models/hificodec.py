@@ -26,7 +26,7 @@ from codec.config import build, register
 from codec.layers.causal import State
 from codec.layers.conv import EVERYTHING, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
 from codec.models.interface import UNLIMITED, WholeCodec
-from codec.quantizers.interface import Quantizer
+from codec.quantizers.interface import Quantizer, QuantizerConfig
 from codec.quantizers.residual import ResidualVQConfig
 
 # As published: the slope between layers, and PyTorch's default before the last convolution of either network.
@@ -46,7 +46,7 @@ class HiFiCodecConfig:
     """
 
     sample_rate_hz: int
-    quantizer: ResidualVQConfig
+    quantizer: QuantizerConfig
     ratios: tuple[int, ...] = (8, 5, 4, 2)
     kernel_sizes: tuple[int, ...] = (16, 11, 8, 4)
     encoder_channels: int = 32

@@ -34,8 +34,7 @@ from codec.layers.causal import (
     leaves,
 )
 from codec.models.interface import StreamableCodec
-from codec.quantizers.interface import Quantizer
-from codec.quantizers.residual import ResidualVQConfig
+from codec.quantizers.interface import Quantizer, QuantizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class MultirateConfig:
     encoder_blocks: tuple[int, ...]
     decoder_channels: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
-    quantizer: ResidualVQConfig
+    quantizer: QuantizerConfig
     window_patches: int = 3
     kernel_size: int = 7
     expansion: int = 4

@@ -31,7 +31,7 @@ from codec.layers.causal import State, leaves
 from codec.layers.conv import ELU, PAD_MODES, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
 from codec.layers.recurrent import LSTM
 from codec.models.interface import UNLIMITED, StreamableCodec, rows_by_length
-from codec.quantizers.interface import Quantizer
+from codec.quantizers.interface import Quantizer, QuantizerConfig
 from codec.quantizers.residual import ResidualVQConfig
 from codec.tokens import Tokens
 
@@ -54,7 +54,7 @@ class SEANetConfig:
     """
 
     sample_rate_hz: int
-    quantizer: ResidualVQConfig
+    quantizer: QuantizerConfig
     num_channels: int = 1
     ratios: tuple[int, ...] = (8, 5, 4, 2)
     num_filters: int = 32

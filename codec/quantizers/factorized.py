@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from codec.config import register
 from codec.kernels.residual_search import rvq_search
 from codec.layers.conv import Conv
-from codec.quantizers.interface import Quantized, Quantizer, usage
+from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizedVQConfig:
+class FactorizedVQConfig(QuantizerConfig):
     """`num_stages` stages with `codebook_size` entries of `codebook_dim` dims, over latents of `latent_dim` dims."""
 
-    latent_dim: int
     num_stages: int
     codebook_size: int = 1024
     codebook_dim: int = 8

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """What all quantizers' configurations have: latents of `latent_dim` dims. A model takes any of them."""
+
+    latent_dim: int
+
+
 @dataclass(frozen=True)
 class Quantized:
     """The result of `Quantizer.forward`.
@@ -84,6 +91,27 @@ class Quantizer(nn.Module, ABC):
         if num_quantizers not in self.valid_num_quantizers:
             raise ValueError(f"num_quantizers={num_quantizers} is not one of {self.valid_num_quantizers}")
         return num_quantizers
+
+    def check_codes(self, codes: Tensor) -> None:
+        """ValueError where codes [B, K', F] are no valid prefix, or one is neither -1 nor an entry of its codebook."""
+        self.check_num_quantizers(codes.shape[1])
+        sizes_K = torch.tensor(self.codebook_sizes[: codes.shape[1]], device=codes.device)
+        if codes.numel() and not ((codes >= -1) & (codes < sizes_K[:, None])).all():
+            raise ValueError(f"codes must lie in -1..{int(sizes_K.max()) - 1}, got {codes.min()}..{codes.max()}")
+
+    def present(self, latents: Tensor, mask: Tensor | None, num_quantizers: int | Tensor | None) -> Tensor:
+        """Which code rows quantize which frames of latents [B, D, F], by what `forward` is given: bool [B, K, F]."""
+        num_rows = len(self.codebook_sizes)
+        if isinstance(num_quantizers, Tensor):
+            given = num_quantizers.tolist()
+            if not set(given) <= set(self.valid_num_quantizers):
+                raise ValueError(f"num_quantizers={given}: each must be one of {self.valid_num_quantizers}")
+            per_item = num_quantizers.to(latents.device)
+        else:
+            per_item = torch.full((len(latents),), self.check_num_quantizers(num_quantizers), device=latents.device)
+        present_BK = torch.arange(num_rows, device=latents.device) < per_item[:, None]
+        present_BKF = present_BK[:, :, None].expand(-1, -1, latents.shape[2])
+        return present_BKF if mask is None else present_BKF & mask[:, None]
 
 
 def draw_num_quantizers(

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from codec.config import register
 from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
-from codec.quantizers.interface import Quantized, Quantizer, usage
+from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
 
 LEARNING = ("ema", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualVQConfig:
+class ResidualVQConfig(QuantizerConfig):
     """`num_stages` stages of `num_groups` codebooks with `codebook_size` entries over `latent_dim` dimensions.
 
     `learning`: "ema" by moving averages, in `Quantizer.update`; or "gradient", from the loss "codebook", the codebooks
@@ -40,7 +40,6 @@ class ResidualVQConfig:
     the uniform share is restarted from a latent of the current batch.
     """
 
-    latent_dim: int
     num_stages: int
     num_groups: int = 1
     codebook_size: int = 1024
