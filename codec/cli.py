@@ -295,6 +295,39 @@ def evaluate(
 
 
 @app.command()
+def verify(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...")],
+    model: Model = None,
+    num_quantizers: NumQuantizers = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    start: Start = None,
+    duration: Duration = None,
+    json: AsJson = False,
+) -> None:
+    """Check on your recordings that codes and audio are the same alone, in batches, padded and streamed.
+
+    SOURCE is audio, or folders of it. Codes are found again with every implementation of the residual search that there
+    is, and, for information, with other numbers of threads. The exit status is 1 where anything differs that promises
+    not to. A margin says how clear a choice was: by what part the next best entry is further off.
+    """
+    options = Options(model, device, threads, _time(start), _time(duration), num_quantizers=num_quantizers)
+    with _one_line_errors():
+        from codec.verification import text
+        from codec.verification import verify as verify_model
+
+        found = verify_model(sources, options, thread_counts=(1, _num_cores()))
+    if found.num_files:
+        typer.echo(json_format.dumps(found.to_dict()) if json else text(found), nl=json)
+    broken = [
+        f"{way.name}: {way.num_different} {'codes' if way.kind == 'codes' else 'samples'} differ, where none may"
+        for way in found.broken_promises
+    ]
+    if reasons := [*broken, *found.failures.values()]:
+        _fail(*reasons)
+
+
+@app.command()
 def info(
     source: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
     model: FileModel = None,

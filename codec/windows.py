@@ -25,7 +25,8 @@ class WindowedEncoder:
         self._codec = codec
         self._num_quantizers = codec.quantizer.check_num_quantizers(num_quantizers)
         hop = codec.hop_length
-        self._is_limited = max(codec.encode_samples_before, codec.encode_delay_samples) < UNLIMITED
+        heard_samples = max(codec.encode_samples_before, codec.encode_delay_samples)
+        self._is_limited = heard_samples < UNLIMITED and codec.quantizer.is_framewise
         self._before = -(-codec.encode_samples_before // hop)  # frames
         self._after = -(-codec.encode_delay_samples // hop)
         self._pieces = [torch.zeros(batch_size, codec.num_channels, 0)]

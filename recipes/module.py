@@ -21,7 +21,7 @@ from recipes.distributed import any_process, average_gradients, rank_and_size
 from recipes.losses import ReconstructionLoss, si_sdr_db
 from recipes.optimizers import build_optimizer, gradient_norms, schedule_factor
 from recipes.quantization import QuantizerTraining
-from recipes.settings import OptimizerSettings, Settings
+from recipes.settings import OptimizerSettings, Settings, check_weights, loss_names
 
 _MOST_NAMED_ITEMS = 8
 
@@ -239,15 +239,9 @@ class CodecTraining(pl.LightningModule):
         return self.settings.loss.weights | adversarial
 
     def _check_weights(self) -> None:
-        """Every loss has a weight and every weight a loss; one frame of silence tells the quantizer's losses."""
-        with torch.no_grad():
-            latents = self.codec.analyze(torch.zeros(1, self.codec.num_channels, self.codec.hop_length))
-            names = {*self.reconstruction.names, *self.codec.quantizer(latents.float()).losses}
-        given, there = self.settings.loss.weights, ", ".join(sorted(names))
-        for name in sorted(given.keys() - names):
-            raise ValueError(f"loss.weights.{name}: there is no such loss (there are {there})")
-        for name in sorted(names - given.keys()):
-            raise ValueError(f"loss.weights.{name} is needed: the loss has no weight (there are {there})")
+        """Every loss has a weight and every weight a loss, and validation asks for what there is."""
+        inner = loss_names(self.codec.quantizer, self.codec.config.quantizer.latent_dim)
+        check_weights(self.settings.loss.weights, {*self.reconstruction.names, *inner}, "loss.weights")
         known = (*self.reconstruction.names, "total", "si_sdr_db")
         if self.settings.validation.monitor not in known:
             raise ValueError(f"validation.monitor={self.settings.validation.monitor!r} is not one of {known}")

@@ -24,8 +24,11 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
-        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
-        others = [p for p in module.parameters() if p.requires_grad and p.ndim != 2]
+        learned = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        # A table of entries is a matrix, too, but not a map: what moves one row must not turn the others.
+        matrices = [p for name, p in learned if p.ndim == 2 and name.split(".")[-1] == "weight"]
+        chosen = set(map(id, matrices))
+        others = [p for _, p in learned if id(p) not in chosen]
         if not matrices or not others:
             raise ValueError("muon needs weight matrices and others; take adamw for a network of convolutions")
         groups: list[dict[str, Any]] = [

@@ -4,9 +4,17 @@ A decoder that never saw clean latents does not learn phase, so no item is quant
 are collected until there are enough to set the codebooks, where the quantizer wants that; from there the share of
 quantized items grows to all of them over `ramp_steps`.
 
-Quantizer dropout, so that prefixes of the codes are models of lower rates: per item (SoundStream, Zeghidour et al.
-2021, section III-C), for the first items of a batch (as DAC is published), or one prefix for a whole batch (EnCodec,
-Défossez et al. 2022, section 3.2).
+Quantizer dropout, so that prefixes of the codes are models of lower rates; `QuantizationSettings.dropout` tells the
+published schemes apart. What is dropped adds nothing to the latents, and has no loss.
+
+Source: "item": Zeghidour et al., "SoundStream" (2021), section III-C. "first_items": DAC, dac/nn/quantize.py of
+https://github.com/descriptinc/descript-audio-codec. "batch": Défossez et al., "High fidelity neural audio compression"
+(2022), section 3.2; with all prefixes, audiocraft and Mimi. "nested": Kusupati et al., "Matryoshka representation
+learning" (2022), section 3, which sums the losses of fixed prefixes. There each prefix has a cheap classifier of its
+own; here it would have a decoding, and be heard by the discriminators, so every item takes one prefix, in turns: for
+the cost of one prefix, an estimate without bias, and with less variance than independent draws have. "powers_of_two"
+and "rounded_up": Bachmann et al., "FlexTok" (2025), https://github.com/apple/ml-flextok, where a learned token stands
+for what is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ class QuantizerTraining:
         self.settings = settings
         self.seed = seed
         self.since: int | None = -settings.ramp_steps if is_trained else None
-        self.prefixes = torch.tensor(settings.prefixes or quantizer.valid_num_quantizers)
+        self.prefixes = torch.tensor(sorted(settings.prefixes or quantizer.valid_num_quantizers))
         unknown = set(self.prefixes.tolist()) - set(quantizer.valid_num_quantizers)
         if unknown:
             raise ValueError(
@@ -66,15 +74,9 @@ class QuantizerTraining:
 
     def draw_prefixes(self, batch_size: int, draws: torch.Generator) -> Tensor:
         """How many code rows each item [B] keeps: quantizer dropout."""
-        settings, num_items = self.settings, batch_size * rank_and_size()[1]
-        drawn = self.prefixes[torch.randint(len(self.prefixes), (num_items,), generator=draws)]
-        tossed = torch.rand(num_items, generator=draws)
-        if settings.dropout_unit == "batch":
-            drawn, tossed = drawn[:1].expand(num_items), tossed[:1].expand(num_items)
-        is_dropped = tossed < settings.dropout_share
-        if settings.dropout_unit == "first_items":
-            is_dropped = torch.arange(num_items) < int(num_items * settings.dropout_share)
-        return share_of(torch.where(is_dropped, drawn, self.quantizer.valid_num_quantizers[-1]))
+        num_items = batch_size * rank_and_size()[1]
+        place, is_dropped = _draw(self.settings, len(self.prefixes), num_items, draws)
+        return share_of(torch.where(is_dropped, self.prefixes[place], self.quantizer.valid_num_quantizers[-1]))
 
     def update(self) -> None:
         """Let the quantizer learn from the batches since the last call: once per step of the optimizer."""
@@ -103,3 +105,26 @@ class QuantizerTraining:
         self.since = state["since"]
         self._collected = list(state["collected"])
         self.quantizer.load_training_state(state["quantizer"])
+
+
+def _draw(
+    settings: QuantizationSettings, num_prefixes: int, num_items: int, draws: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """For each item, a place 0..num_prefixes-1 in the list of prefixes, and whether it takes part at all."""
+    powers = torch.tensor([min(2**i, num_prefixes) - 1 for i in range((num_prefixes - 1).bit_length() + 1)])
+    num_choices = len(powers) if settings.dropout == "powers_of_two" else num_prefixes
+    place = torch.randint(num_choices, (num_items,), generator=draws)
+    tossed = torch.rand(num_items, generator=draws)
+    is_dropped = tossed < settings.dropout_share
+    match settings.dropout:
+        case "first_items":
+            is_dropped = torch.arange(num_items) < int(num_items * settings.dropout_share)
+        case "batch":
+            place, is_dropped = place[:1].expand(num_items), is_dropped[:1].expand(num_items)
+        case "nested":
+            place = (place[0] + torch.arange(num_items)) % num_prefixes
+        case "powers_of_two":
+            place = powers[place]
+        case "rounded_up":
+            place = powers[torch.searchsorted(powers, place)]
+    return place, is_dropped

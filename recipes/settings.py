@@ -3,23 +3,34 @@
 Sections are frozen dataclasses. An unknown key, a value of another type and an impossible combination are ValueErrors
 of one line that begins with the dotted path, such as `adversary.optimizer.lr`. Models, losses and discriminators are
 mappings with a "type" (see `codec.config`), which whoever builds them checks in the same way.
+
+`quantizer`, a file of `configs/quantizer/`, puts another quantizer into the model of an experiment: the values of
+`model.quantizer`, all of them but `latent_dim`, which stays the model's where it is not given; and beside them
+`weights`, which take the place of the weights of the losses of the quantizer that was there. An experiment may ask for
+numbers of code rows that the new quantizer cannot have, in `quantization.prefixes` and `validation.num_quantizers`:
+those it can have stay, and where none does the setting is null. Settings hold what comes out, and so does the
+`config.yaml` of a run.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from codec.config import from_values
+from codec import pretrained as _pretrained  # noqa: F401  (registers models and quantizers)
+from codec.config import build, from_dict, from_values, to_dict
+from codec.quantizers.interface import Quantizer, QuantizerConfig
 from recipes.losses import GAN_KINDS, REDUCTIONS
 
 PRECISIONS = ("32-true", "bf16-mixed")
-DROPOUT_UNITS = ("item", "first_items", "batch")
+DROPOUTS = ("item", "first_items", "batch", "nested", "powers_of_two", "rounded_up")
 # What of `trainer` this recipe sets itself, and where the user says it instead.
 _NOT_OF_THE_TRAINER = {
     "accumulate_grad_batches": "raise data.batch_size",
@@ -79,15 +90,23 @@ class QuantizationSettings:
 
     The quantizer is left out before `start_step`; the share of quantized items then grows over `ramp_steps`.
 
-    `dropout_share` of the items draw a prefix of the code rows, uniformly from `prefixes` (null: all valid ones), and
-    the others keep all rows. `dropout_unit`: "item" tosses for each item, "first_items" takes that share from the
-    batch's beginning, "batch" tosses once for the whole batch, which then has one prefix.
+    Quantizer dropout: `dropout_share` of the items keep a prefix of the code rows only, one of `prefixes` (null: of all
+    valid ones), the others all rows. `dropout` says which items these are, and how prefixes are drawn:
+
+    - "item": each item with that probability, and uniformly (with a share of 1: SoundStream; FlexTok's "uniform");
+    - "first_items": that share of the batch, from its beginning, and each uniformly (DAC);
+    - "batch": the whole batch with that probability, and one prefix for all of it (with a share of 1: EnCodec with its
+      bandwidths as `prefixes`; EnCodec in audiocraft and Mimi with all prefixes);
+    - "nested": as "item", but the prefixes take turns from item to item, so each has its part in every batch. The mean
+      over a batch estimates the mean of the losses of all prefixes (Matryoshka) at one decoding per item;
+    - "powers_of_two": as "item", but of the prefixes only the 1st, 2nd, 4th, 8th... and the last (FlexTok's "pow2");
+    - "rounded_up": as "item", and what was drawn is rounded up to one of those (FlexTok's "uniform_pow2").
     """
 
     start_step: int = 0
     ramp_steps: int = 0
+    dropout: str = "item"
     dropout_share: float = 0.0
-    dropout_unit: str = "item"
     prefixes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +114,7 @@ class QuantizationSettings:
             raise ValueError("start_step and ramp_steps must not be negative")
         if not 0.0 <= self.dropout_share <= 1.0:
             raise ValueError(f"dropout_share={self.dropout_share} is not in 0..1")
-        _check_choice("dropout_unit", self.dropout_unit, DROPOUT_UNITS)
+        _check_choice("dropout", self.dropout, DROPOUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +239,60 @@ def parse(config: DictConfig) -> Settings:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error)) from error
+    quantizer = values.pop("quantizer", None) if isinstance(values, dict) else None
     settings: Settings = from_values(Settings, values, "")
-    return settings
+    return settings if quantizer is None else _with_quantizer(settings, quantizer)
+
+
+def loss_names(quantizer: Quantizer, latent_dim: int) -> set[str]:
+    """The names of a quantizer's losses: one frame tells them."""
+    with torch.no_grad():
+        return set(quantizer(torch.zeros(1, latent_dim, 1, device=quantizer.device)).losses)
+
+
+def check_weights(weights: Mapping[str, float], names: Collection[str], path: str) -> None:
+    """ValueError where a weight has no loss or a loss no weight; `path` is where the weights stand."""
+    there = ", ".join(sorted(names)) or "none"
+    for name in sorted(weights.keys() - set(names)):
+        raise ValueError(f"{path}.{name}: there is no such loss (there are {there})")
+    for name in sorted(set(names) - weights.keys()):
+        raise ValueError(f"{path}.{name} is needed: the loss has no weight (there are {there})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    weights: dict[str, float]
+
+
+def _with_quantizer(settings: Settings, values: Any) -> Settings:
+    """These settings with the quantizer that `values` describe in their model; see the top of this file."""
+    if not isinstance(values, dict):
+        raise ValueError(f"quantizer: expected a mapping or null, got {values!r}")
+    if settings.model is None:
+        raise ValueError("quantizer: model is null, so there is nothing to put it into (init_from keeps its own)")
+    before = getattr(from_dict(settings.model, "model"), "quantizer", None)
+    if not isinstance(before, QuantizerConfig):
+        raise ValueError(f"quantizer: a model of type {settings.model['type']!r} has none")
+    values = {"latent_dim": before.latent_dim} | values
+    weights = from_values(_Weights, {"weights": values.pop("weights", {})}, "quantizer").weights
+    config = from_dict(values, "quantizer")
+    if not isinstance(config, QuantizerConfig):
+        raise ValueError(f"quantizer.type: {values['type']!r} is no quantizer")
+    quantizer: Quantizer = build(config)
+    check_weights(weights, loss_names(quantizer, config.latent_dim), "quantizer.weights")
+    replaced = loss_names(build(before), before.latent_dim)
+    kept = {name: weight for name, weight in settings.loss.weights.items() if name not in replaced}
+
+    def possible(numbers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return tuple(number for number in numbers or () if number in quantizer.valid_num_quantizers) or None
+
+    return replace(
+        settings,
+        model=settings.model | {"quantizer": to_dict(config)},
+        loss=replace(settings.loss, weights=kept | weights),
+        quantization=replace(settings.quantization, prefixes=possible(settings.quantization.prefixes)),
+        validation=replace(settings.validation, num_quantizers=possible(settings.validation.num_quantizers)),
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -58,7 +58,11 @@ def build_codec(settings: Settings) -> Codec:
     if settings.init_from is None or settings.resume:
         if settings.model is None:
             raise ValueError("model or init_from is needed")
-        return _checked(codec_config.build(codec_config.from_dict(settings.model, "model")))
+        config = codec_config.from_dict(settings.model, "model")
+        try:
+            return _checked(codec_config.build(config))
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
     codec = load(settings.init_from).requires_grad_(True).train()
     if settings.model is not None:
         wanted = codec_config.to_dict(codec_config.from_dict(settings.model, "model"))
@@ -121,11 +125,14 @@ def train(config: DictConfig) -> CodecTraining:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         config = OmegaConf.create(_plain(settings) | {"model": codec_config.to_dict(codec.config)})
         OmegaConf.save(config, output_dir / "config.yaml")
+        _warn_of_a_late_quantizer(module, data_settings, num_processes(trainer_settings))
     with warnings.catch_warnings():
         # It is: the items of a step follow from its number.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         with contextlib.suppress(TimeIsUp):
             trainer.fit(module, data, ckpt_path=str(last) if settings.resume else None, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"{output_dir}: step {trainer.global_step} of {settings.max_steps}; python -m tools.export {output_dir} FOLDER")
     return module
 
 
@@ -138,7 +145,7 @@ def _loggers(output_dir: Path) -> list[Any]:
 
 def _checked(codec: Any) -> Codec:
     if not isinstance(codec, Codec):
-        raise ValueError(f"model: {type(codec).__name__} is not a codec")
+        raise ValueError(f"{type(codec).__name__} is not a codec")
     return codec
 
 
@@ -166,6 +173,21 @@ def _check_crops(module: CodecTraining, data: DataSettings) -> None:
                 module.reconstruction(silence, silence)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"data.{name}={length} is too short for the loss: {one_line(error)}") from error
+
+
+def _warn_of_a_late_quantizer(module: CodecTraining, data: DataSettings, num_processes: int) -> None:
+    """Say it where a run ends before its quantizer is in use: it would export codebooks that nothing set."""
+    if module.quantization.since is not None or module.settings.resume:
+        return
+    wanted = module.codec.quantizer.num_frames_to_initialize
+    num_frames = module.codec.num_frames_for(data.crop_samples) * data.batch_size * num_processes
+    first = module.settings.quantization.start_step + max(0, -(-wanted // num_frames) - 1)
+    if first >= module.settings.max_steps:
+        print(
+            f"warning: trainer.max_steps={module.settings.max_steps} ends this run before its quantizer is in use, at "
+            f"step {first}: that is quantization.start_step and the time for {wanted} frames that set its codebooks",
+            file=sys.stderr,
+        )
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

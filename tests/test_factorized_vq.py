@@ -62,7 +62,8 @@ def test_training_and_inference_agree() -> None:
     quantizer, latents = _quantizer(), _latents(50)
     quantized = quantizer(latents)
     assert torch.equal(quantized.codes, quantizer.encode(latents))
-    assert torch.equal(quantized.latents, quantizer.decode(quantized.codes))
+    # The same products in another order: a few roundings of values up to 5.
+    assert (quantized.latents - quantizer.decode(quantized.codes)).abs().max() < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
         mixed = quantizer(latents)
         assert torch.equal(quantizer.encode(latents), quantized.codes)
@@ -84,7 +85,8 @@ def test_prefixes_are_prefixes(num_quantizers: int, num_frames: int, seed: int) 
     if num_frames:
         trained = quantizer(latents, num_quantizers=num_quantizers)
         assert torch.equal(trained.codes, absent)
-        assert torch.equal(trained.latents, quantizer.decode(codes))
+        # The same products in another order: a few roundings of values up to 5.
+        assert (trained.latents - quantizer.decode(codes)).abs().max() < 1e-5
 
 
 def test_a_code_of_minus_one_is_an_absent_stage() -> None:

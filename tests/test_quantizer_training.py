@@ -1,6 +1,7 @@
 """Each known training bug of published quantizers: what ours does right, shown to be wrong with the bug switched on.
 
-The bugs are those of `recipes/published_bugs.py`. Codebooks that learn by gradient are tested here, too.
+The bugs are those of `recipes/published_bugs.py`. Codebooks that learn by gradient are tested here, too, and so are the
+published schemes of quantizer dropout.
 """
 
 import itertools
@@ -8,9 +9,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runs import compose
 from torch import Tensor
 
 import codec
@@ -18,6 +21,8 @@ from codec.config import build, from_dict, to_dict
 from codec.quantizers.interface import stage_gradient_norms
 from codec.quantizers.residual import ResidualVQ, ResidualVQConfig
 from recipes.published_bugs import BUGS, BuggyResidualVQ, ResidualVQAsPublishedConfig
+from recipes.quantization import QuantizerTraining
+from recipes.settings import DROPOUTS, QuantizationSettings, parse
 
 _CONFIG = ResidualVQConfig(latent_dim=8, num_stages=3, codebook_size=64)
 _GRADIENT = replace(_CONFIG, learning="gradient")
@@ -373,3 +378,137 @@ def test_two_processes_learn_what_one_learns_from_both_batches(tmp_path: Path) -
     assert sum(int(changed.sum()) for changed in restarted) > 10, "restarts are among what is compared"
     for ours, theirs in zip(first["buggy"], second["buggy"], strict=True):
         assert not torch.equal(ours, theirs)
+
+
+# Quantizer dropout.
+
+_STEPS, _ITEMS = 400, 24
+
+
+def _prefixes(num_stages: int = 6, *, num_items: int = _ITEMS, steps: int = _STEPS, **settings: Any) -> Tensor:
+    """How many code rows each item keeps in each of many steps [steps, items], every step with a seed of its own."""
+    quantizer = ResidualVQ(ResidualVQConfig(latent_dim=4, num_stages=num_stages, codebook_size=2))
+    part = QuantizerTraining(quantizer, QuantizationSettings(**settings), seed=0, is_trained=True)
+    return torch.stack([part.draw_prefixes(num_items, torch.Generator().manual_seed(step)) for step in range(steps)])
+
+
+def _shares(drawn: Tensor) -> dict[int, float]:
+    values, counts = drawn.unique(return_counts=True)
+    return {int(value): float(count / drawn.numel()) for value, count in zip(values, counts, strict=True)}
+
+
+_SIXTH, _LIST = 1 / 6, (1, 2, 5)
+_ALL = dict.fromkeys(range(1, 7), _SIXTH)
+_HALF = dict.fromkeys(range(1, 6), 0.5 * _SIXTH) | {6: 3.5 * _SIXTH}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dropout": "item", "dropout_share": 1.0}, _ALL),
+        ({"dropout": "item", "dropout_share": 0.5}, _HALF),
+        ({"dropout": "item", "dropout_share": 0.6, "prefixes": _LIST}, dict.fromkeys(_LIST, 0.2) | {6: 0.4}),
+        ({"dropout": "first_items", "dropout_share": 0.5}, _HALF),
+        ({"dropout": "batch", "dropout_share": 1.0}, _ALL),
+        ({"dropout": "batch", "dropout_share": 1.0, "prefixes": _LIST}, dict.fromkeys(_LIST, 1 / 3)),
+        ({"dropout": "batch", "dropout_share": 0.4, "prefixes": (2,)}, {2: 0.4, 6: 0.6}),
+        ({"dropout": "nested", "dropout_share": 1.0}, _ALL),
+        ({"dropout": "nested", "dropout_share": 0.5, "prefixes": (1, 6)}, {1: 0.25, 6: 0.75}),
+        ({"dropout": "powers_of_two", "dropout_share": 1.0}, dict.fromkeys((1, 2, 4, 6), 0.25)),
+        ({"dropout": "rounded_up", "dropout_share": 1.0}, {1: _SIXTH, 2: _SIXTH, 4: 2 * _SIXTH, 6: 2 * _SIXTH}),
+        (
+            {"dropout": "rounded_up", "dropout_share": 1.0, "prefixes": (6, 4, 3, 2, 1)},
+            {1: 0.2, 2: 0.2, 4: 0.4, 6: 0.2},
+        ),
+        ({"dropout": "item", "dropout_share": 0.0}, {6: 1.0}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if "dropout" in value else "",
+)
+def test_dropout_draws_as_it_says(settings: dict[str, Any], expected: dict[int, float]) -> None:
+    shares = _shares(_prefixes(**settings))
+    # Four standard deviations of 400 draws of whole batches, or of 9600 of items.
+    tolerance = 0.1 if settings["dropout"] == "batch" else 0.021
+    assert shares == pytest.approx(expected, abs=tolerance)
+
+
+def test_each_scheme_of_dropout_has_its_place_in_a_batch() -> None:
+    items = _prefixes(dropout="item", dropout_share=1.0)
+    # Of 24 independent draws from six lengths, few batches have each length four times.
+    alike = [(items == number).sum(1) for number in range(1, 7)]
+    assert not all((count == 4).all() for count in alike)
+    for share in (0.5, 1.0):
+        batches = _prefixes(dropout="batch", dropout_share=share)
+        assert (batches == batches[:, :1]).all()
+    firsts = _prefixes(dropout="first_items", dropout_share=0.55)
+    assert (firsts[:, 13:] == 6).all()
+    assert _shares(firsts[:, :13]) == pytest.approx(_ALL, abs=0.03)
+    nested = _prefixes(dropout="nested", dropout_share=1.0)
+    assert all(((nested == number).sum(1) == 4).all() for number in range(1, 7))
+    # Where items do not fill whole turns, every length comes first as often.
+    uneven = _prefixes(dropout="nested", dropout_share=1.0, num_items=4)
+    assert all(len(set(row)) == 4 for row in uneven.tolist())
+    assert _shares(uneven[:, 0]) == pytest.approx(_ALL, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "lengths"),
+    [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {1, 2, 4}), (5, {1, 2, 4, 5}), (8, {1, 2, 4, 8}), (9, {1, 2, 4, 8, 9})],
+)
+@pytest.mark.parametrize("dropout", ["powers_of_two", "rounded_up"])
+def test_powers_of_two_are_those_there_are_and_all_rows(num_stages: int, lengths: set[int], dropout: str) -> None:
+    drawn = _prefixes(num_stages, steps=20, dropout=dropout, dropout_share=1.0)
+    assert set(drawn.flatten().tolist()) == lengths
+    if dropout == "rounded_up":
+        uniform = _prefixes(num_stages, steps=20, dropout="item", dropout_share=1.0)
+        ups = torch.tensor([min(length for length in lengths if length >= value) for value in uniform.flatten()])
+        assert torch.equal(drawn.flatten(), ups)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_draws_depend_on_the_generator_alone(dropout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"dropout": dropout, "dropout_share": 0.7}
+    whole = _prefixes(steps=50, **settings)
+    assert torch.equal(_prefixes(steps=50, **settings), whole)
+    assert len(whole.unique(dim=0)) > 1, "and steps differ"
+    for rank in range(2):  # two processes have between them what one has
+        for module in ("recipes.quantization", "recipes.distributed"):
+            monkeypatch.setattr(f"{module}.rank_and_size", lambda rank=rank: (rank, 2))
+        assert torch.equal(_prefixes(steps=50, num_items=_ITEMS // 2, **settings), whole[:, rank::2])
+
+
+def test_turns_give_the_mean_over_all_prefixes() -> None:
+    """What Matryoshka sums, over one decoding per item: exactly, where the items are alike."""
+    quantizer = _quantizer()
+    quantizer.initialize(_latents(256))
+    item = _latents(20)[:1]
+    settings = QuantizationSettings(dropout="nested", dropout_share=1.0)
+    part = QuantizerTraining(quantizer, settings, seed=0, is_trained=True)
+    mixed, quantized = part(item.expand(6, -1, -1), 0, torch.Generator().manual_seed(0))
+    assert quantized is not None
+    loss = (mixed - item).square().mean()
+    fixed = [quantizer(item, num_quantizers=number) for number in quantizer.valid_num_quantizers]
+    mean = torch.stack([(one.latents - item).square().mean() for one in fixed]).mean()
+    torch.testing.assert_close(loss, mean, rtol=1e-6, atol=0)  # another order of addition
+
+
+@pytest.mark.parametrize(
+    ("experiment", "rows", "share_of_all"),
+    [
+        ("encodec_24k", {2, 4, 8, 16, 32}, 0.2),
+        ("encodec_48k", {2, 4, 8, 16}, 0.25),
+        ("soundstream_16k", set(range(1, 13)), 1 / 12),
+        ("dac_44k", set(range(1, 10)), 0.5 + 0.5 / 9),
+        ("hificodec_16k_320d", {4}, 1.0),
+    ],
+)
+def test_published_experiments_drop_as_published(experiment: str, rows: set[int], share_of_all: float) -> None:
+    settings = parse(compose(f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
+    quantizer = ResidualVQ(ResidualVQConfig(latent_dim=4, num_stages=max(rows), codebook_size=2))
+    part = QuantizerTraining(quantizer, settings.quantization, seed=0, is_trained=True)
+    drawn = torch.stack([part.draw_prefixes(16, torch.Generator().manual_seed(step)) for step in range(400)])
+    assert set(drawn.flatten().tolist()) == rows
+    assert _shares(drawn)[max(rows)] == pytest.approx(share_of_all, abs=0.08)
+    one_per_batch = bool((drawn == drawn[:, :1]).all())
+    assert one_per_batch == (experiment.startswith(("encodec", "hificodec")))
+    if experiment.startswith("dac"):
+        assert (drawn[:, 8:] == 9).all()

@@ -268,10 +268,10 @@ def test_dropout_is_drawn_as_published() -> None:
     # Half of them draw, and a quarter of these draw all rows.
     assert (items < 4).float().mean() == pytest.approx(0.375, abs=0.03)
     assert set(items.flatten().tolist()) == {1, 2, 3, 4}
-    firsts = draw(dropout_share=0.5, dropout_unit="first_items")
+    firsts = draw(dropout_share=0.5, dropout="first_items")
     assert (firsts[:, 32:] == 4).all()
     assert (firsts[:, :32] < 4).float().mean() == pytest.approx(0.75, abs=0.05)
-    batches = draw(dropout_share=1.0, dropout_unit="batch", prefixes=(2, 4))
+    batches = draw(dropout_share=1.0, dropout="batch", prefixes=(2, 4))
     assert (batches == batches[:, :1]).all()
     assert set(batches[:, 0].tolist()) == {2, 4}
     with pytest.raises(ValueError, match=r"quantization\.prefixes: \[5\] are not of \(1, 2, 3, 4\)"):

@@ -31,7 +31,7 @@ SECTIONS: dict[str, Any] = {
         "weights": {"waveform": 1.0, "mel": 2.0, "commitment": 1.0},
         "balancer": {"decay": 0.9},
     },
-    "quantization": {"dropout_share": 1.0, "dropout_unit": "batch"},
+    "quantization": {"dropout_share": 1.0, "dropout": "batch"},
 }
 _COMMAND = """
 import sys

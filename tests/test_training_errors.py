@@ -57,7 +57,7 @@ def _message(config: Any) -> str:
         ("optimizer.schedule.warmup", 1, "optimizer.schedule.warmup: optimizer.schedule has no such setting"),
         ("optimizer.schedule.decay", 1.5, "optimizer.schedule: final_fraction must lie in 0..1 and decay in (0, 1]"),
         ("optimizer.algorithm", "sgd", "optimizer.algorithm='sgd' is not one of muon, adamw, adam"),
-        ("quantization.dropout_unit", "row", "quantization: dropout_unit='row' is not one of"),
+        ("quantization.dropout", "row", "quantization: dropout='row' is not one of ('item', 'first_items', 'batch',"),
         ("quantization.dropout_share", 2.0, "quantization: dropout_share=2.0 is not in 0..1"),
         ("quantization.prefixes", [1, 9], "quantization.prefixes: [9] are not of (1, 2, 3)"),
         ("validation.num_quantizers", [7], "validation.num_quantizers: [7] are not of (1, 2, 3)"),

@@ -1,7 +1,7 @@
-"""Time a model that streams: `python -m tools.benchmark speed`.
+"""Time a model that streams, or quantizers: `python -m tools.benchmark speed` or `... quantizer`.
 
-Offline calls and single frames, on a signal that it makes itself. For quality, and for codecs that do not stream, there
-is `codec evaluate`.
+`speed`: offline calls and single frames of a model, on a signal that it makes itself. For quality, and for codecs that
+do not stream, there is `codec evaluate`. `quantizer`: our quantizers beside those of others and the machine's limits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from codec.pretrained import load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
 from codec.token_format import DEFAULT_MODEL
+from tools.quantizer_speed import command as quantizer_command
 
 
 def _median_seconds(call: Callable[[], object], num_runs: int) -> float:
@@ -79,23 +80,33 @@ class _Spread:
 def main() -> None:
     """Parse arguments and measure; a mistake in them is one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"a bundled model or a folder (default: {DEFAULT_MODEL})"
-    )
+    parser.add_argument("--model", help=f"a bundled model or a folder (speed: {DEFAULT_MODEL} if none is given)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     commands = parser.add_subparsers(dest="command", required=True)
     speed_parser = commands.add_parser("speed", help="offline and frame by frame")
     speed_parser.add_argument("--seconds", type=float, default=60.0, help="length of the signal (default: 60)")
     speed_parser.add_argument("--threads", type=int, default=1)
+    quantizer_command.add_arguments(
+        commands.add_parser(
+            "quantizer",
+            help="quantizers, beside those of others and the machine's limits",
+            description=quantizer_command.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     args = parser.parse_args()
     try:
-        result = speed(streamable(load(args.model)), seconds=args.seconds, num_threads=args.threads)
-    except ValueError as error:
+        if args.command == "quantizer":
+            quantizer_command.run(args)
+            return
+        model = args.model or DEFAULT_MODEL
+        result = speed(streamable(load(model)), seconds=args.seconds, num_threads=args.threads)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if args.json:
         about = {
-            "model": args.model,
-            "id": load(args.model).codec_id,
+            "model": model,
+            "id": load(model).codec_id,
             "torch": torch.__version__,
             "machine": platform.processor(),
         }

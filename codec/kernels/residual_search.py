@@ -1,95 +1,211 @@
-"""Residual search: which codebook entries, stage by stage, approximate each latent best.
+"""Residual search: which codebook entries, row by row of codes, approximate each latent best.
 
-Shapes: N rows, D latent dimensions, S stages, G groups, C codebook entries, K = S * G rows of codes, d = D / G.
+Shapes: N rows of latents, D dims, K code rows, C codebook entries, d dims of a codebook, H chains of d dims, D = H * d.
 
-The contract every implementation obeys:
+A code row works on one chain: it picks the entry nearest to what the rows before it left over there. Which chain, and
+what a choice takes away from which dims, is all that tells the forms apart (`SearchTables`):
 
-1. Stage s of group g picks the entry nearest (squared Euclidean distance) to what is left of the latent after the
-   entries that the same group picked before. Code row k = s * G + g.
-2. Ties go to the lowest index. A row whose latents hold a NaN gets code 0 from the stage that sees it on.
-3. Codes are judged by regret: along an implementation's own earlier choices, the float64 distance of the entry it
-   chose may exceed the best by at most 1e-5 relative, and where the runner-up is further than that, codes are equal.
-4. Two runs are bit-equal, and a row's codes do not depend on how many rows came with it.
+- plain: one chain, and a choice takes its entry away from it;
+- grouped: row k works on chain k % num_groups, each a slice of the latents;
+- split (Mimi): as many chains as there are parts, each with latents of its own;
+- factorised (DAC): a chain for every row, which holds the latents as that row's projection shows them. Projections are
+  linear, so what a choice takes away from the later chains can be tabulated, and nothing leaves the small spaces.
+
+The contract:
+
+1. A row picks the entry nearest by squared Euclidean distance, or by cosine, to the float32 residual of its chain, as
+   computed in float64; the residual then loses the entry, rounded to float32. `rvq_reference` says it in code.
+2. The lowest index wins ties. Distances that differ by less than float64 itself rounds are ties. A product that is not
+   a number never wins, so where nothing is a number, the code is 0.
+3. Every implementation gives these very codes, on every machine, for any number of rows, of threads, of streams. Fast
+   ones compute in float32 or less, in any order, bound what they got wrong (`error_bounds`), and compare in float64
+   where the lead of an entry is within the bound: about one row in a hundred has such a place.
+
+So codes cannot differ as long as the latents do not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from codec.kernels.row_linear import pad_rows, row_linear
+from codec.kernels import blocked_search
+from codec.kernels.search_tables import SearchTables as SearchTables
+from codec.kernels.search_tables import error_bounds
+
+_REFERENCE_ROWS = 256  # at a time: their float64 scores of 1024 entries are 2 MB
+_ROUNDING, _SMALLEST = 2.0**-53, 1e-300  # of float64
 
 
-def score_offsets(codebooks_KCd: Tensor) -> Tensor:
-    """-|e|^2 / 2 of every entry, [K, C]. For one frame they cost more than the search, so callers may keep them."""
-    return codebooks_KCd.square().sum(-1) / -2
+def rvq_reference(latents_ND: Tensor, tables: SearchTables, *, num_rows: int | None = None) -> Tensor:
+    """The specification: int64 codes [N, K] by the rules above. Residuals are rounded to the dtype of the latents."""
+    num_rows = tables.num_rows if num_rows is None else num_rows
+    slopes_K, constants_K = error_bounds(tables, _ROUNDING, smallest=_SMALLEST)
+    codes_NK = torch.empty(len(latents_ND), num_rows, dtype=torch.int64, device=latents_ND.device)
+    for residual_ND, codes_nK in zip(
+        latents_ND.clone().split(_REFERENCE_ROWS), codes_NK.split(_REFERENCE_ROWS), strict=True
+    ):
+        for row in range(num_rows):
+            chain_Nd = residual_ND[:, tables.slice_of(row)].double()
+            scores_NC = torch.addmm(tables.exact_offsets_KC[row], chain_Nd, tables.entries_KCd[row].double().T)
+            scores_NC = scores_NC.masked_fill(scores_NC.isnan(), -torch.inf)
+            best_N1 = scores_NC.amax(1, keepdim=True)
+            tie_N1 = 2 * (slopes_K[row] * chain_Nd.norm(dim=1, keepdim=True) + constants_K[row])
+            # `max` returns the first of equal maxima. Where a tie's width is no number, nothing is, or all is infinite.
+            is_best_NC = (scores_NC >= best_N1 - tie_N1) | (scores_NC == best_N1)
+            codes_N = is_best_NC.byte().max(1).indices
+            codes_nK[:, row] = codes_N
+            first, table_Cw = tables.takes[row]
+            residual_ND[:, first : first + table_Cw.shape[1]] -= table_Cw[codes_N].to(residual_ND.dtype)
+    return codes_NK
 
 
-def rvq_reference(latents_ND: Tensor, codebooks_KCd: Tensor, offsets_KC: Tensor, *, num_groups: int = 1) -> Tensor:
-    """The specification: int64 codes [N, K] by the rules above, in the dtype of the latents.
+def rvq_margins(latents_ND: Tensor, tables: SearchTables, codes_NK: Tensor) -> Tensor:
+    """How clear choices were, float64 [N, K']: by what part the next best entry is further off than the chosen one.
 
-    The nearest entry e of a residual r maximises r . e - |e|^2 / 2; |r|^2 is the same for all entries.
+    In squared distances, or 1 - cosine, along the given codes. 0 is a tie, and a negative margin a code that is not the
+    best one.
     """
-    num_given, num_dims = latents_ND.shape
-    num_codebooks = codebooks_KCd.shape[0]
-    padded_ND = pad_rows(latents_ND, codebooks_KCd[0])
-    num_rows = padded_ND.shape[0]
-    residual_NGd = padded_ND.reshape(num_rows, num_groups, num_dims // num_groups).clone()
-    codes_NK = torch.zeros(num_rows, num_codebooks, dtype=torch.int64, device=latents_ND.device)
-    for row in range(num_codebooks):
-        group = row % num_groups
-        # `max` returns the first of equal maxima and lets a NaN win: rule 2.
-        scores_NC = row_linear(residual_NGd[:, group], codebooks_KCd[row], offsets_KC[row])
-        codes_N = scores_NC.max(dim=-1).indices
-        codes_NK[:, row] = codes_N
-        residual_NGd[:, group] -= codebooks_KCd[row, codes_N]
-    return codes_NK[:num_given]
+    margins = []
+    residual_ND = latents_ND.to(_dtype(latents_ND, tables)).clone()
+    for row in range(codes_NK.shape[1]):
+        chain_Nd = residual_ND[:, tables.slice_of(row)].double()
+        scores_NC = torch.addmm(tables.exact_offsets_KC[row], chain_Nd, tables.entries_KCd[row].double().T)
+        codes_N1 = codes_NK[:, row : row + 1]
+        chosen_N = scores_NC.gather(1, codes_N1)[:, 0]
+        other_N = scores_NC.scatter(1, codes_N1, -torch.inf).amax(1)
+        norm_N = chain_Nd.norm(dim=1)
+        worst_N = norm_N.square() / 2 - chosen_N if tables.is_distance else norm_N - chosen_N
+        margins.append((chosen_N - other_N) / worst_N.clamp_min(1e-300))
+        first, table_Cw = tables.takes[row]
+        residual_ND[:, first : first + table_Cw.shape[1]] -= table_Cw[codes_N1[:, 0]].to(residual_ND.dtype)
+    return torch.stack(margins, 1)
 
 
-_IMPLEMENTATIONS = {"reference": rvq_reference}
+def rvq_search(latents_ND: Tensor, tables: SearchTables, *, num_rows: int | None = None, impl: str = "auto") -> Tensor:
+    """Codes int64 [N, K'] of latents [N, D], of all code rows or the first `num_rows`; no gradient.
 
-
-@torch.no_grad()
-def rvq_search(
-    latents_ND: Tensor,
-    codebooks_KCd: Tensor,
-    offsets_KC: Tensor | None = None,
-    *,
-    num_groups: int = 1,
-    impl: str = "auto",
-) -> Tensor:
-    """Codes int64 [N, K] of latents [N, D] in codebooks [K, C, D / num_groups]; no gradient, float32 inside.
-
-    `offsets_KC` is `score_offsets(codebooks_KCd)` where the caller has it. `impl` names an implementation, or "auto"
-    for the best one for these inputs. Raises ValueError for shapes that do not fit or an `impl` that is not there.
+    `impl` names an implementation, or "auto" for the best one for these inputs; all give the same codes. Raises
+    ValueError for shapes that do not fit or an `impl` that is not there.
     """
-    if latents_ND.dim() != 2 or codebooks_KCd.dim() != 3:
-        raise ValueError(
-            f"expected latents [N, D] and codebooks [K, C, d], "
-            f"got {tuple(latents_ND.shape)} and {tuple(codebooks_KCd.shape)}"
-        )
-    num_codebooks, _, codebook_dim = codebooks_KCd.shape
-    if codebook_dim * num_groups != latents_ND.shape[1] or num_codebooks % num_groups:
-        raise ValueError(
-            f"latents of {latents_ND.shape[1]} dims do not fit "
-            f"{num_codebooks} codebooks of {codebook_dim} dims in {num_groups} groups"
-        )
-    name = resolve_impl(impl)
-    with torch.autocast(latents_ND.device.type, enabled=False):
-        dtype = torch.float64 if latents_ND.dtype == torch.float64 else torch.float32
-        latents_ND, codebooks_KCd = latents_ND.to(dtype), codebooks_KCd.to(dtype)
-        if offsets_KC is None:
-            offsets_KC = score_offsets(codebooks_KCd)
-        return _IMPLEMENTATIONS[name](latents_ND, codebooks_KCd, offsets_KC.to(dtype), num_groups=num_groups)
+    if latents_ND.dim() != 2 or latents_ND.shape[1] != tables.num_dims:
+        raise ValueError(f"expected latents [N, {tables.num_dims}], got {tuple(latents_ND.shape)}")
+    if num_rows is not None and not 0 < num_rows <= tables.num_rows:
+        raise ValueError(f"num_rows={num_rows} is not in 1..{tables.num_rows}")
+    num_rows = tables.num_rows if num_rows is None else num_rows
+    # No autocast: products into given memory and products of float64 are outside of it.
+    latents_ND = latents_ND.detach().to(_dtype(latents_ND, tables))
+    name = resolve_impl(impl, latents_ND)
+    if name == "reference":
+        codes_NK = rvq_reference(latents_ND, tables, num_rows=num_rows)
+    else:
+        codes_NK, uncertain_n = _FAST[name](latents_ND, tables, num_rows)
+        if uncertain_n is not None:
+            codes_NK[uncertain_n] = rvq_reference(latents_ND[uncertain_n], tables, num_rows=num_rows)
+    if (searches := _searches.get()) is not None:
+        searches.append(Search(latents_ND.clone(), tables, codes_NK.clone()))
+    return codes_NK
 
 
-def resolve_impl(impl: str) -> str:
-    """The implementation that `impl` stands for on this machine."""
+class Search(NamedTuple):
+    """A search that took place, as `rvq_margins` takes it."""
+
+    latents_ND: Tensor
+    tables: SearchTables
+    codes_NK: Tensor
+
+
+_preferred: ContextVar[str] = ContextVar("preferred", default="auto")
+_searches: ContextVar[list[Search] | None] = ContextVar("searches", default=None)
+
+
+@contextlib.contextmanager
+def search_with(impl: str) -> Iterator[None]:
+    """Within it, "auto" is this implementation, however deep in a model the search is; for comparisons.
+
+    Raises ValueError for one that is not there.
+    """
+    token = _preferred.set(resolve_impl(impl) if impl != "auto" else impl)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@contextlib.contextmanager
+def searches_seen() -> Iterator[list[Search]]:
+    """A list to which the searches within it are added, one after the other."""
+    searches: list[Search] = []
+    token = _searches.set(searches)
+    try:
+        yield searches
+    finally:
+        _searches.reset(token)
+
+
+def resolve_impl(impl: str, latents_ND: Tensor | None = None) -> str:
+    """The implementation that `impl` stands for, for these latents; without latents, for float32.
+
+    "auto" is then that of the CPU, and any other must be there for some device of this machine.
+    """
     if impl == "auto":
-        return "reference"
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"residual search {impl!r} is not available (there is: auto, {', '.join(_IMPLEMENTATIONS)})")
+        impl = _preferred.get()
+    dtype = torch.float32 if latents_ND is None else latents_ND.dtype
+    if impl == "auto":
+        if latents_ND is not None and latents_ND.device.type != "cpu":
+            return "triton" if dtype == torch.float32 and has_triton(latents_ND.device.type) else "reference"
+        return "blocked" if dtype == torch.float32 else "reference"
+    devices = ("cpu", "cuda") if latents_ND is None else (latents_ND.device.type,)
+    available = dict.fromkeys(name for device in devices for name in available_impls(device))
+    if impl not in available:
+        raise ValueError(f"residual search {impl!r} is not available (there is: auto, {', '.join(available)})")
+    if impl != "reference" and dtype != torch.float32:
+        raise ValueError(f"residual search {impl!r} computes in float32, and these are {dtype}")
     return impl
+
+
+def available_impls(device_type: str = "cpu") -> tuple[str, ...]:
+    """The names that `impl` may have for latents on a device of this type ("cpu", "cuda") on this machine."""
+    fast = ["blocked"] if device_type == "cpu" else []
+    if has_triton(device_type):
+        fast += ["triton", "triton_tf32x3"]
+    return ("reference", *fast)
+
+
+@functools.cache
+def has_triton(device_type: str) -> bool:
+    """Whether Triton's kernels run on devices of this type: on GPUs, and everywhere in its interpreter (for tests)."""
+    can_run = os.environ.get("TRITON_INTERPRET") == "1" or (device_type == "cuda" and torch.cuda.is_available())
+    return can_run and importlib.util.find_spec("triton") is not None
+
+
+def _triton_search(
+    latents_ND: Tensor, tables: SearchTables, num_rows: int, *, precision: str = "ieee"
+) -> tuple[Tensor, Tensor | None]:
+    from codec.kernels import triton_search  # loads Triton
+
+    return triton_search.search(latents_ND, tables, num_rows, precision=precision)
+
+
+# Each gives the codes [N, K'] of float32 latents, and in which rows [n] they may differ from those of the reference.
+_FAST: dict[str, Callable[[Tensor, SearchTables, int], tuple[Tensor, Tensor | None]]] = {
+    "blocked": blocked_search.search,
+    "triton": _triton_search,
+    "triton_tf32x3": functools.partial(_triton_search, precision="tf32x3"),
+}
+
+
+def _dtype(latents_ND: Tensor, tables: SearchTables) -> torch.dtype:
+    return torch.float64 if torch.float64 in (latents_ND.dtype, tables.entries_KCd.dtype) else torch.float32
 
 
 def rvq_decode(codes_NK: Tensor, codebooks_KCd: Tensor, *, num_groups: int = 1) -> Tensor:
@@ -97,10 +213,24 @@ def rvq_decode(codes_NK: Tensor, codebooks_KCd: Tensor, *, num_groups: int = 1) 
 
     The first K' <= K rows of codes may be given alone, in whole stages.
     """
-    num_rows, num_given = codes_NK.shape
-    latents_NGd = codebooks_KCd.new_zeros(num_rows, num_groups, codebooks_KCd.shape[2])
-    for row in range(num_given):
-        codes_N = codes_NK[:, row]
-        entries_Nd = codebooks_KCd[row, codes_N.clamp_min(0)]
-        latents_NGd[:, row % num_groups] += torch.where((codes_N >= 0)[:, None], entries_Nd, 0.0)
-    return latents_NGd.flatten(1)
+    needs_gradient = torch.is_grad_enabled() and codebooks_KCd.requires_grad
+    if codes_NK.is_cuda and codebooks_KCd.dtype == torch.float32 and not needs_gradient and has_triton("cuda"):
+        from codec.kernels import triton_sums  # loads Triton
+
+        return triton_sums.decode(codes_NK, codebooks_KCd.detach(), num_groups=num_groups)
+    num_codebooks, size, dim = codebooks_KCd.shape
+    first_entry_K = size * torch.arange(codes_NK.shape[1], device=codes_NK.device)
+    numbered_NK = (codes_NK + first_entry_K).clamp_min_(0)
+    is_present_NK = codes_NK >= 0
+    weights_NK = None if is_present_NK.all() else is_present_NK.to(codebooks_KCd.dtype)
+    table_Ed = codebooks_KCd.reshape(num_codebooks * size, dim)
+    sums = [
+        F.embedding_bag(
+            numbered_NK[:, group::num_groups].contiguous(),
+            table_Ed,
+            mode="sum",
+            per_sample_weights=None if weights_NK is None else weights_NK[:, group::num_groups].contiguous(),
+        )
+        for group in range(num_groups)
+    ]
+    return sums[0] if num_groups == 1 else torch.cat(sums, dim=1)

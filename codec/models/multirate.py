@@ -76,6 +76,7 @@ class MultirateCodec(StreamableCodec):
     """A streamable mono codec; see `AudioCodec` and `StreamableCodec` for the meaning of its methods and attributes."""
 
     num_channels = 1
+    is_bit_exact = True
     encode_delay_samples = 0
 
     def __init__(self, config: MultirateConfig) -> None:
@@ -86,6 +87,7 @@ class MultirateCodec(StreamableCodec):
         self.decode_delay_samples = config.decode_delay_frames * self.hop_length
         self.encoder = Sequential(_encoder_layers(config))
         self.quantizer: Quantizer = build(config.quantizer)
+        self.quantizer.check_framewise()
         self.decoder = Sequential(_decoder_layers(config))
         self.decode_frames_before = max(0, _decoder_past_frames(config) - config.decode_delay_frames)
         self.decode_frames_after = config.decode_delay_frames

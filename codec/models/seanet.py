@@ -162,6 +162,8 @@ class SEANetCodec(StreamableCodec):
         self.is_streamable = config.causal
         self.encoder = Chain(_encoder_layers(config))
         self.quantizer: Quantizer = build(config.quantizer)
+        if config.causal:
+            self.quantizer.check_framewise()
         self.decoder = Chain(_decoder_layers(config))
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.config import register
-from codec.kernels.residual_search import rvq_search
+from codec.kernels.kept import Kept
+from codec.kernels.residual_search import SearchTables, rvq_search
+from codec.kernels.row_linear import row_linear
 from codec.layers.conv import Conv
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
 
@@ -73,35 +75,36 @@ class FactorizedVQ(Quantizer):
         self.codebook_sizes = (config.codebook_size,) * config.num_stages
         self.valid_num_quantizers = tuple(range(1, config.num_stages + 1))
         self.stages = nn.ModuleList(_Stage(config) for _ in range(config.num_stages))
+        self._kept_small: Kept[_Small] = Kept()
 
     @property
     def codebooks(self) -> Tensor:
         """A copy of the codebooks [K, C, d]."""
         return torch.stack([stage.codebook.detach() for stage in self._stages()])
 
+    @torch.no_grad()
     def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         num_rows = self.check_num_quantizers(num_quantizers)
+        batch_size, _, num_frames = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            residual = latents.to(self._dtype)
-            codes = []
-            for stage in self._stages(num_rows):
-                codes.append(stage.nearest(stage.in_proj(residual)))
-                residual = residual - stage.out_proj(stage.entries(codes[-1]))
-        return torch.stack(codes, dim=1)
+            small = self._small()
+            rows_ND = latents.to(self._dtype).transpose(1, 2).flatten(0, 1).contiguous()
+            codes_NK = rvq_search(row_linear(rows_ND, small.projection, small.bias), small.tables, num_rows=num_rows)
+        return codes_NK.view(batch_size, num_frames, num_rows).transpose(1, 2)
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
         batch_size, num_rows, num_frames = codes.shape
-        self.check_num_quantizers(num_rows)
-        if codes.numel() and not (codes.min() >= -1 and codes.max() < self.config.codebook_size):
-            raise ValueError(f"codes must lie in -1..{self.config.codebook_size - 1}, got {codes.min()}..{codes.max()}")
         with torch.autocast(codes.device.type, enabled=False):
-            quantized = torch.zeros(
-                batch_size, self.config.latent_dim, num_frames, dtype=self._dtype, device=codes.device
-            )
-            for row, stage in enumerate(self._stages(num_rows)):
-                decoded = stage.out_proj(stage.entries(codes[:, row].clamp_min(0)))
-                quantized = quantized + torch.where(codes[:, row, None] >= 0, decoded, 0.0)
-        return quantized
+            small = self._small()
+            codes_NK = codes.transpose(1, 2).flatten(0, 1)
+            # An entry of each stage, and 1 for its bias; all 0 where the stage is absent.
+            codes_NK = F.pad(codes_NK, (0, self.config.num_stages - num_rows), value=-1)
+            numbered_NK = (codes_NK + small.first_entry_K).clamp_min_(0)
+            rows_NKd = torch.where((codes_NK >= 0)[:, :, None], F.embedding(numbered_NK, small.entries), 0.0)
+            latents_ND = row_linear(rows_NKd.flatten(1), small.back)
+        return latents_ND.view(batch_size, num_frames, self.config.latent_dim).transpose(1, 2)
 
     def forward(
         self, latents: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None
@@ -124,7 +127,7 @@ class FactorizedVQ(Quantizer):
         # Why z does not simply get g: q depends on z only through the few dims that the stages see. Told to move in
         # the others, z drifts without end. In a toy (64 dims, 4 stages of 64 entries over 4, 3,000 steps) the latents'
         # scale went to 76 and 113 with two seeds, where 1.2 is usual, and the final error was 1.4 times as large.
-        present_BKF = self._present(latents, mask, num_quantizers)
+        present_BKF = self.present(latents, mask, num_quantizers)
         num_real = latents.shape[0] * latents.shape[2] if mask is None else mask.sum().clamp_min(1)
         commitment = codebook = latents.new_zeros(())
         residual = latents
@@ -152,19 +155,8 @@ class FactorizedVQ(Quantizer):
     def update(self, *quantized: Quantized) -> None:
         """Nothing: the codebooks are learned by gradient."""
 
-    def _present(self, latents: Tensor, mask: Tensor | None, num_quantizers: int | Tensor | None) -> Tensor:
-        """Which stages quantize which frames [B, K, F]."""
-        if isinstance(num_quantizers, Tensor):
-            if not set(num_quantizers.tolist()) <= set(self.valid_num_quantizers):
-                raise ValueError(
-                    f"num_quantizers={num_quantizers.tolist()}: each must be one of {self.valid_num_quantizers}"
-                )
-            per_item = num_quantizers.to(latents.device)
-        else:
-            per_item = torch.full((len(latents),), self.check_num_quantizers(num_quantizers), device=latents.device)
-        present_BK = torch.arange(self.config.num_stages, device=latents.device) < per_item[:, None]
-        present_BKF = present_BK[:, :, None].expand(-1, -1, latents.shape[2])
-        return present_BKF if mask is None else present_BKF & mask[:, None]
+    def _small(self) -> _Small:
+        return self._kept_small.get(list(self.parameters()), lambda: _Small(list(self._stages())))
 
     def _stages(self, num_stages: int | None = None) -> Iterator[_Stage]:
         return cast("Iterator[_Stage]", iter(self.stages[:num_stages]))
@@ -172,6 +164,38 @@ class FactorizedVQ(Quantizer):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+
+class _Small:
+    """All stages as a search in small spaces, and the way back from there; no gradient.
+
+    Projections are linear: what stage s sees of the latents z, less what the stages t before it decoded, is
+    I_s(z) - sum of I_s(O_t(e_t)), without the biases of I_s in the sum. So one product projects z for all stages, and
+    what an entry takes away from what each later stage sees is a table. Whichever way it is computed, the small vectors
+    are the same up to rounding.
+
+    Source: none known; it follows from the projections being linear.
+    """
+
+    @torch.no_grad()
+    def __init__(self, stages: list[_Stage]) -> None:
+        in_weights = [stage.in_proj.weight[:, :, 0] for stage in stages]
+        self.projection = torch.cat(in_weights)
+        self.bias = torch.cat([stage.in_proj.bias for stage in stages])
+        codebooks_KCd = torch.stack([stage.codebook for stage in stages])
+        takes = []
+        for row, stage in enumerate(stages):
+            later_Ld = self.projection[(row + 1) * codebooks_KCd.shape[2] :].double()
+            through = later_Ld @ stage.out_proj.weight[:, :, 0].double()
+            table = stage.codebook.double() @ through.T + later_Ld @ stage.out_proj.bias.double()
+            takes.append(((row + 1) * codebooks_KCd.shape[2], table.to(self.projection.dtype)))
+        self.tables = SearchTables(codebooks_KCd, chains=range(len(stages)), by="direction", takes=takes)
+        ones_KC1 = torch.ones_like(codebooks_KCd[:, :, :1])
+        # All of them [K * C, d + 1], each with the 1 that its stage's bias is multiplied by.
+        self.entries = torch.cat([codebooks_KCd, ones_KC1], dim=2).flatten(0, 1)
+        self.first_entry_K = codebooks_KCd.shape[1] * torch.arange(len(stages), device=codebooks_KCd.device)
+        back = [torch.cat([stage.out_proj.weight[:, :, 0], stage.out_proj.bias[:, None]], 1) for stage in stages]
+        self.back = torch.cat(back, dim=1)
 
 
 class _Stage(nn.Module):
@@ -189,10 +213,8 @@ class _Stage(nn.Module):
         The projected latents [B, d, F] keep their length, which changes all similarities alike.
         """
         rows_Nd = projected.detach().transpose(1, 2).flatten(0, 1)
-        directions_Cd = F.normalize(self.codebook.detach(), dim=1)
-        # Without offsets the residual search, which the distance asks for, is the search for the greatest product.
-        offsets_KC = directions_Cd.new_zeros(1, len(directions_Cd))
-        return rvq_search(rows_Nd, directions_Cd[None], offsets_KC).view(projected.shape[0], projected.shape[2])
+        codes_N1 = rvq_search(rows_Nd, SearchTables(self.codebook[None], by="direction"))
+        return codes_N1.view(projected.shape[0], projected.shape[2])
 
     def entries(self, codes: Tensor) -> Tensor:
         """Codes [B, F] -> entries [B, d, F]."""

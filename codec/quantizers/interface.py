@@ -65,6 +65,19 @@ class Quantizer(nn.Module, ABC):
         """Codes [B, K', F] of any valid prefix -> latents [B, D, F]; -1 marks an absent stage."""
 
     @property
+    def is_framewise(self) -> bool:
+        """Whether the codes of a frame depend on its own latents alone; if not, no stream gives those of the file."""
+        return True
+
+    def check_framewise(self) -> None:
+        """ValueError where `is_framewise` is false, for a model that streams."""
+        if not self.is_framewise:
+            raise ValueError(
+                f"a model that streams needs a quantizer whose codes depend on one frame alone, and those of this "
+                f"{type(self).__name__} depend on others, too"
+            )
+
+    @property
     def num_frames_to_initialize(self) -> int:
         """How many frames of latents `initialize` should be given; 0 where learning starts from random values."""
         return 0
@@ -112,16 +125,6 @@ class Quantizer(nn.Module, ABC):
         present_BK = torch.arange(num_rows, device=latents.device) < per_item[:, None]
         present_BKF = present_BK[:, :, None].expand(-1, -1, latents.shape[2])
         return present_BKF if mask is None else present_BKF & mask[:, None]
-
-
-def draw_num_quantizers(
-    valid_num_quantizers: tuple[int, ...], batch_size: int, *, full_fraction: float, generator: torch.Generator
-) -> Tensor:
-    """Quantizer dropout: per item a prefix length [B], all stages with probability `full_fraction`, else uniform."""
-    valid = torch.tensor(valid_num_quantizers)
-    drawn = valid[torch.randint(len(valid), (batch_size,), generator=generator)]
-    full = torch.rand(batch_size, generator=generator) < full_fraction
-    return torch.where(full, valid[-1], drawn)
 
 
 def stage_gradient_norms(quantizer: Quantizer, latents: Tensor) -> Tensor:

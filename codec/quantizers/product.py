@@ -7,6 +7,7 @@ No row of codes refines another, so no prefix of them is a model of a lower rate
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.config import register
-from codec.kernels.residual_search import rvq_decode, rvq_search
+from codec.kernels.kept import Kept
+from codec.kernels.residual_search import SearchTables, rvq_decode, rvq_search
 from codec.kernels.row_linear import row_linear
 from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
@@ -105,28 +107,31 @@ class _ProductVQ(Quantizer):
 class _NearestVQ(_ProductVQ):
     """Product quantizers that pick the nearest entry, and learn by the losses of VQ-VAE."""
 
-    def __init__(self, codebooks: Tensor, num_groups: int, gradient: str) -> None:
+    def __init__(self, codebooks: Tensor, num_groups: int, gradient: str, *, by: str = "distance") -> None:
         super().__init__(codebooks, num_groups)
         self._pass_gradient = GRADIENTS[gradient]
+        self._by = by
+        self._kept_tables: Kept[SearchTables] = Kept()
 
     @abstractmethod
     def _points(self, rows_ND: Tensor, is_real_BF: Tensor) -> Tensor:
         """What entries are chosen for, [N, G, d]."""
 
-    @abstractmethod
-    def _search(self, points_NGd: Tensor, tables_GCd: Tensor) -> Tensor:
+    def _search(self, points_NGd: Tensor) -> Tensor:
         """Codes [N, G] of points."""
+        make = functools.partial(SearchTables, super().tables(), num_groups=self.num_groups, by=self._by)
+        return rvq_search(points_NGd.flatten(1), self._kept_tables.get([self.codebooks], make))
 
     def _choose(self, rows_ND: Tensor, num_frames: int) -> Tensor:
         is_real_BF = rows_ND.new_ones(len(rows_ND) // max(1, num_frames), num_frames, dtype=torch.bool)
-        return self._search(self._points(rows_ND, is_real_BF), self.tables())
+        return self._search(self._points(rows_ND, is_real_BF))
 
     def _quantize(
         self, rows_ND: Tensor, is_real_BF: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         is_real_N = is_real_BF.flatten()
         points_NGd, tables_GCd = self._points(rows_ND, is_real_BF), self.tables()
-        codes_NG = self._search(points_NGd, tables_GCd).masked_fill(~is_real_N[:, None], -1)
+        codes_NG = self._search(points_NGd).masked_fill(~is_real_N[:, None], -1)
         entries_NGd = self._entries(codes_NG, tables_GCd)
 
         def error(one_NGd: Tensor, other_NGd: Tensor) -> Tensor:
@@ -192,6 +197,10 @@ class KMeansVQ(_NearestVQ):
         self.norm_weight = nn.Parameter(torch.ones(groups, dim))
         self.norm_bias = nn.Parameter(torch.zeros(groups, dim))
 
+    @property
+    def is_framewise(self) -> bool:
+        return self.config.norm == "frame"
+
     def _points(self, rows_ND: Tensor, is_real_BF: Tensor) -> Tensor:
         groups, dim = self.num_groups, self.codebooks.shape[2]
         parts = rows_ND.view(-1, groups, dim).unbind(1)
@@ -207,9 +216,6 @@ class KMeansVQ(_NearestVQ):
             variance = (centred.square() * weight_BFGd).sum((1, 3), keepdim=True) / num_values
             points_NGd = (centred * (variance + 1e-5).rsqrt()).flatten(0, 1)
         return points_NGd * self.norm_weight + self.norm_bias
-
-    def _search(self, points_NGd: Tensor, tables_GCd: Tensor) -> Tensor:
-        return rvq_search(points_NGd.flatten(1), tables_GCd, num_groups=self.num_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +258,7 @@ class MultiCodebookVQ(_NearestVQ):
         dim = config.latent_dim // config.num_groups
         bound = dim**-0.5 / 36  # as published; only its relation to the learning rate matters
         codebooks = torch.empty(config.num_groups, config.codebook_size, dim).uniform_(-bound, bound)
-        super().__init__(codebooks, config.num_groups, config.gradient)
+        super().__init__(codebooks, config.num_groups, config.gradient, by="direction")
         self.config = config
 
     def tables(self) -> Tensor:
@@ -260,12 +266,6 @@ class MultiCodebookVQ(_NearestVQ):
 
     def _points(self, rows_ND: Tensor, is_real_BF: Tensor) -> Tensor:
         return F.normalize(rows_ND.view(-1, self.num_groups, self.codebooks.shape[2]), dim=-1)
-
-    def _search(self, points_NGd: Tensor, tables_GCd: Tensor) -> Tensor:
-        # Without offsets the residual search, which the distance asks for, is the search for the greatest product.
-        return rvq_search(
-            points_NGd.flatten(1), tables_GCd, tables_GCd.new_zeros(tables_GCd.shape[:2]), num_groups=self.num_groups
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

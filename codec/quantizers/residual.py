@@ -6,15 +6,18 @@ Code row k = stage * G + group. A prefix of whole stages is a lower rate of the 
 Source: SoundStream (Zeghidour et al. 2021) sections III.C-D for the residual chain, moving averages and quantizer
 dropout; HiFi-Codec (Yang et al. 2023) section 2.2 for groups, and as published,
 https://github.com/yangdongchao/AcademiCodec, for learning by gradient; VQ-VAE (van den Oord et al. 2017) section 3.2
-for the losses and appendix A.1 for the moving averages. Unlike common implementations of these, here k-means
-initialisation survives the first update (sums hold mean * count), a restarted code stays restarted (sums and counts
-move with it), "dead" is relative to uniform use (no dependence on batch size), the residual chain is detached, so every
-stage's commitment reaches the encoder, and several processes learn what one would learn from all their batches.
+for the losses and appendix A.1 for the moving averages. `codec.quantizers.transport` names those of balanced assignment
+and of the loss "transport". Unlike common implementations of these, here k-means initialisation survives the first
+update (sums hold mean * count), a restarted code stays restarted (sums and counts move with it), "dead" is relative to
+uniform use (no dependence on batch size), the residual chain is detached, so every stage's commitment reaches the
+encoder, and several processes learn what one would learn from all their batches.
 `recipes/published_bugs.py` has the other behaviour, to measure what it costs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.config import register
-from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
+from codec.kernels.kept import Kept
+from codec.kernels.residual_search import SearchTables, rvq_decode, rvq_search
+from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
+from codec.quantizers.transport import LEAST_EPSILON, balanced_codes, transport_loss
 
 LEARNING = ("ema", "gradient")
+ASSIGNMENTS = ("nearest", "balanced")
+TRANSPORTS = (None, "uniform", "learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,16 @@ class ResidualVQConfig(QuantizerConfig):
 
     With "ema", `ema_decay` is the moving average's memory per update, and a code used less than `dead_threshold` times
     the uniform share is restarted from a latent of the current batch.
+
+    `assignment`: how `forward` chooses entries, "nearest"; or "balanced", so that all entries of a codebook get about
+    equally many of the frames in a batch, which should be far more than entries. `encode` takes the nearest one always.
+
+    `transport`: with learning="gradient", a loss of that name, the cost of transporting a batch to the whole codebook:
+    None, or with entries' shares that are "uniform" or "learned".
+
+    `gradient`: how the decoder's gradient passes the choice of entries, "straight_through" or "rotation".
+
+    `sinkhorn_epsilon` (how soft plans are) and `num_sinkhorn_iterations` belong to both: `codec.quantizers.transport`.
     """
 
     num_stages: int
@@ -46,6 +64,11 @@ class ResidualVQConfig(QuantizerConfig):
     learning: str = "ema"
     ema_decay: float = 0.99
     dead_threshold: float = 0.1
+    assignment: str = "nearest"
+    transport: str | None = None
+    gradient: str = "straight_through"
+    sinkhorn_epsilon: float = 0.01
+    num_sinkhorn_iterations: int = 10
 
     def __post_init__(self) -> None:
         if min(self.latent_dim, self.num_stages, self.num_groups, self.codebook_size) < 1:
@@ -58,18 +81,48 @@ class ResidualVQConfig(QuantizerConfig):
             raise ValueError(f"learning={self.learning!r} is not one of {LEARNING}")
         if self.learning == "gradient" and (self.ema_decay, self.dead_threshold) != (0.99, 0.1):
             raise ValueError("ema_decay and dead_threshold have no meaning with learning='gradient': leave them out")
+        check_gradient(self.gradient)
+        if self.assignment not in ASSIGNMENTS:
+            raise ValueError(f"assignment={self.assignment!r} is not one of {ASSIGNMENTS}")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"transport={self.transport!r} is not one of {TRANSPORTS}")
+        if self.transport and self.learning != "gradient":
+            raise ValueError(f"transport={self.transport!r} needs learning='gradient': moving averages hear no loss")
+        if self.sinkhorn_epsilon < LEAST_EPSILON or self.num_sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_epsilon must be at least {LEAST_EPSILON}, and num_sinkhorn_iterations positive")
+        if not self.uses_plans and (self.sinkhorn_epsilon, self.num_sinkhorn_iterations) != (0.01, 10):
+            raise ValueError("sinkhorn_epsilon and num_sinkhorn_iterations need assignment='balanced' or a transport")
+
+    @property
+    def uses_plans(self) -> bool:
+        """Whether `forward` plans over the batches of all processes."""
+        return self.assignment == "balanced" or self.transport is not None
 
 
 @register("residual_vq", ResidualVQConfig)
 class ResidualVQ(Quantizer):
     """Residual VQ (`num_groups=1`) and grouped residual VQ.
 
-    The state dict holds the codebooks only; the moving averages are training state (`training_state`), and where they
-    are not restored they start as if every entry had been used alike.
+    The state dict holds the codebooks, and with transport="learned" also `share_logits` [K, C]; the moving averages are
+    training state (`training_state`), and where they are not restored they start as if every entry had been used alike.
 
     `forward` gives the loss "commitment", which draws the latents to the entries, and, where these are learned by
     gradient, "codebook", which draws the entries to the latents: its gradient is zero for all entries but the chosen
-    ones. Both are the mean over code rows of the mean square of what a stage leaves over. The stats, per code row:
+    ones. Both are the mean over code rows of the mean square of what a stage leaves over.
+
+    With balanced assignment (Zhan et al. 2022, published weight of "commitment" unknown) no entry is left behind, but
+    what is chosen in training is not always what `encode` chooses, and the stages after it learn from that.
+
+    With transport, "transport" is the mean over rows of the entropic cost of bringing what a row sees to its entries:
+    it draws every entry to latents that are not served well, and latents to entries. "share_divergence", where shares
+    are learned, is the mean Kullback-Leibler divergence of them from uniform ones. Published (Vuong et al. 2023) are
+    weights of 1e-3, for squared distances that are sums over dims and not means, and 1; here a weight of 1 was better
+    than 0.1. There transport is exact and apart for every place in an image; here it is entropic, over all frames of a
+    batch, and every stage has its own.
+
+    Either plans over the batches of all processes together, so these must run `forward` alike.
+
+    The stats, per code row:
 
     - `perplexity` and `dead_fraction` as everywhere;
     - `commitment`: the mean square of what is left after this row, over the frames that have it;
@@ -99,31 +152,25 @@ class ResidualVQ(Quantizer):
             self.codebooks = nn.Parameter(torch.empty(num_codebooks, config.codebook_size, dim).uniform_(-bound, bound))
         else:
             self.register_buffer("codebooks", torch.randn(num_codebooks, config.codebook_size, dim))
+        if config.transport == "learned":
+            self.share_logits = nn.Parameter(torch.zeros(num_codebooks, config.codebook_size))
         self._averages_KC_KCd: tuple[Tensor, Tensor] | None = None
         self._num_updates = 0
-        self._offsets: tuple[object, Tensor] | None = None
+        self._kept_tables: Kept[SearchTables] = Kept()
 
-    def _score_offsets(self) -> Tensor:
-        """`score_offsets` of the codebooks as they are now, kept until they are written to or moved."""
-        if self.codebooks.requires_grad:  # fused optimizers write without leaving a trace
-            return score_offsets(self.codebooks.detach())
-        key = (self.codebooks.data_ptr(), None if self.codebooks.is_inference() else self.codebooks._version)
-        if self._offsets is None or self._offsets[0] != key:
-            self._offsets = (key, score_offsets(self.codebooks))
-        return self._offsets[1]
+    def _tables(self) -> SearchTables:
+        make = functools.partial(SearchTables, self.codebooks, num_groups=self.config.num_groups)
+        return self._kept_tables.get([self.codebooks], make)
 
     def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         num_rows = self.check_num_quantizers(num_quantizers)
         batch_size, num_dims, num_frames = latents.shape
         rows_ND = latents.transpose(1, 2).reshape(-1, num_dims)
-        offsets_KC = self._score_offsets()[:num_rows]
-        codes_NK = rvq_search(rows_ND, self.codebooks[:num_rows], offsets_KC, num_groups=self.config.num_groups)
+        codes_NK = rvq_search(rows_ND, self._tables(), num_rows=num_rows)
         return codes_NK.view(batch_size, num_frames, num_rows).transpose(1, 2)
 
     def decode(self, codes: Tensor) -> Tensor:
-        self.check_num_quantizers(codes.shape[1])
-        if codes.numel() and not (codes.min() >= -1 and codes.max() < self.config.codebook_size):
-            raise ValueError(f"codes must lie in -1..{self.config.codebook_size - 1}, got {codes.min()}..{codes.max()}")
+        self.check_codes(codes)
         batch_size, num_rows, num_frames = codes.shape
         codes_NK = codes.transpose(1, 2).reshape(-1, num_rows)
         latents_ND = rvq_decode(codes_NK, self.codebooks.detach(), num_groups=self.config.num_groups)
@@ -143,21 +190,30 @@ class ResidualVQ(Quantizer):
         else:
             num_rows = self.check_num_quantizers(num_quantizers)
             per_item = torch.full((batch_size,), num_rows, device=latents.device)
+        if self.config.uses_plans and _is_distributed():  # the other processes wait for this one in each row they have
+            longest = per_item.new_tensor(num_rows)
+            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+            num_rows = int(longest)
         present_NK = torch.arange(num_rows, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
         if mask is not None:
             present_NK = present_NK & mask.reshape(-1, 1)
-        codes_NK = rvq_search(rows_ND, self.codebooks[:num_rows], num_groups=groups)
-        codes_NK = torch.where(present_NK, codes_NK, -1)
+            rows_ND = torch.where(mask.reshape(-1, 1), rows_ND, 0.0)  # what stands elsewhere must not spread, be it NaN
+        if self.config.assignment == "balanced":
+            codes_NK = self._balanced_codes(rows_ND, present_NK)
+        else:
+            codes_NK = rvq_search(rows_ND, self._tables(), num_rows=num_rows).masked_fill(~present_NK, -1)
 
         # The chain is detached: stage s sees the latents minus constants, so its commitment reaches the encoder.
         residuals_Nd = list(rows_ND.view(-1, groups, num_dims // groups).unbind(1))
         tables_Cd = self.codebooks.unbind(0)
         left_over_N = [_mean_square(part_Nd) for part_Nd in residuals_Nd]  # before the first stage, then after each row
-        entries_power_N, codebook_errors_N = [], []
+        entries_power_N, codebook_errors_N, transports = [], [], []
         for row in range(num_rows):
             entries_Nd = F.embedding(codes_NK[:, row].clamp_min(0), tables_Cd[row])
             if self.config.learning == "gradient":
                 codebook_errors_N.append(_mean_square(entries_Nd - residuals_Nd[row % groups].detach()))
+            if self.config.transport:
+                transports.append(self._transport(residuals_Nd[row % groups][present_NK[:, row]], tables_Cd[row], row))
             entries_Nd = entries_Nd.detach()
             entries_power_N.append(_mean_square(entries_Nd))
             residuals_Nd[row % groups] = residuals_Nd[row % groups] - entries_Nd
@@ -172,6 +228,12 @@ class ResidualVQ(Quantizer):
         losses = {"commitment": commitment_K.mean()}
         if codebook_errors_N:
             losses["codebook"] = means_K(codebook_errors_N).mean()
+        if transports:
+            losses["transport"] = torch.stack(transports).sum() / num_codebooks
+        if self.config.transport == "learned":
+            log_shares_KC = self.share_logits.log_softmax(1)
+            divergences_K = (log_shares_KC.exp() * log_shares_KC).sum(1) + math.log(self.config.codebook_size)
+            losses["share_divergence"] = divergences_K.mean()
         codes_NK = F.pad(codes_NK, (0, num_codebooks - num_rows), value=-1)
         stats = usage(codes_NK, self.config.codebook_size)
         stats["commitment"] = commitment_K.detach()
@@ -182,13 +244,44 @@ class ResidualVQ(Quantizer):
         stats["norm_ratio"] = (means_K(entries_power_N) / power_K.clamp_min(1e-20)).sqrt()
 
         quantized_ND = rvq_decode(codes_NK[:, :num_rows], self.codebooks.detach(), num_groups=groups)
-        rows_ND = rows_ND + (quantized_ND - rows_ND).detach()
+        passed_ND = GRADIENTS[self.config.gradient](rows_ND, quantized_ND)
         return Quantized(
-            latents=rows_ND.view(batch_size, num_frames, num_dims).transpose(1, 2),
+            latents=passed_ND.view(batch_size, num_frames, num_dims).transpose(1, 2),
             codes=codes_NK.view(batch_size, num_frames, num_codebooks).transpose(1, 2),
             losses=losses,
             stats=stats,
             inputs=latents.detach().float(),
+        )
+
+    @torch.no_grad()
+    def _balanced_codes(self, rows_ND: Tensor, present_NK: Tensor) -> Tensor:
+        """Codes [N, K'] of the rows that are present, -1 elsewhere: in each row, all entries about equally often."""
+        groups = self.config.num_groups
+        residual_NGd = rows_ND.view(-1, groups, rows_ND.shape[1] // groups).clone()
+        codes_NK = present_NK.long() - 1
+        for row, is_present_N in enumerate(present_NK.unbind(1)):
+            codes_n = balanced_codes(
+                residual_NGd[is_present_N, row % groups],
+                self.codebooks[row],
+                epsilon=self.config.sinkhorn_epsilon,
+                num_iterations=self.config.num_sinkhorn_iterations,
+            )
+            codes_NK[is_present_N, row] = codes_n
+            residual_NGd[is_present_N, row % groups] -= self.codebooks[row, codes_n]
+        return codes_NK
+
+    def _transport(self, inputs_nd: Tensor, entries_Cd: Tensor, row: int) -> Tensor:
+        """The cost of transporting what a code row sees to its entries."""
+        if self.config.transport == "learned":
+            shares_C = self.share_logits[row].softmax(0)
+        else:
+            shares_C = self.codebooks.new_full((self.config.codebook_size,), 1.0 / self.config.codebook_size)
+        return transport_loss(
+            inputs_nd,
+            entries_Cd,
+            shares_C,
+            epsilon=self.config.sinkhorn_epsilon,
+            num_iterations=self.config.num_sinkhorn_iterations,
         )
 
     @torch.no_grad()
@@ -273,11 +366,11 @@ class ResidualVQ(Quantizer):
             # without points keeps a trace of weight, and so its place until it is restarted.
             mean_KC[row] = counts_C.clamp_min(0.01)
             total_KCd[row] = entries_Cd * mean_KC[row, :, None]
-            residual_NGd[:, row % groups] -= entries_Cd[rvq_search(points_Nd, entries_Cd[None])[:, 0]]
+            residual_NGd[:, row % groups] -= entries_Cd[rvq_search(points_Nd, SearchTables(entries_Cd[None]))[:, 0]]
 
     def _assigned(self, points_Nd: Tensor, entries_Cd: Tensor) -> tuple[Tensor, Tensor]:
         """How many points of all processes are nearest to each entry [C], and their sums [C, d]."""
-        codes_N = rvq_search(points_Nd, entries_Cd[None])[:, 0]
+        codes_N = rvq_search(points_Nd, SearchTables(entries_Cd[None]))[:, 0]
         counts_C = torch.bincount(codes_N, minlength=len(entries_Cd)).to(points_Nd.dtype)
         sums_Cd = torch.zeros_like(entries_Cd).index_add_(0, codes_N, points_Nd)
         return self._all_reduce(counts_C), self._all_reduce(sums_Cd)

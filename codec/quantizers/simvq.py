@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.config import register
-from codec.kernels.residual_search import rvq_decode, rvq_search, score_offsets
+from codec.kernels.kept import Kept
+from codec.kernels.residual_search import SearchTables, rvq_decode, rvq_search
 from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
 
@@ -75,7 +76,7 @@ class SimVQ(Quantizer):
         self.register_buffer("codebooks", torch.randn(config.num_stages, config.codebook_size, dim) * dim**-0.5)
         self.weight = nn.Parameter(torch.empty(config.num_stages, dim, dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(config.num_stages, dim).uniform_(-bound, bound))
-        self._kept: tuple[list[Tensor], list[int | None], tuple[Tensor, Tensor]] | None = None
+        self._kept_tables: Kept[SearchTables] = Kept()
 
     @torch.no_grad()
     def tables(self) -> Tensor:
@@ -87,9 +88,8 @@ class SimVQ(Quantizer):
         num_rows = self.check_num_quantizers(num_quantizers)
         batch_size, num_dims, num_frames = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            tables_KCD, offsets_KC = self._tables_and_offsets()
-            rows_ND = latents.to(tables_KCD).transpose(1, 2).reshape(-1, num_dims)
-            codes_NK = rvq_search(rows_ND, tables_KCD[:num_rows], offsets_KC[:num_rows])
+            rows_ND = latents.to(self.weight).transpose(1, 2).reshape(-1, num_dims)
+            codes_NK = rvq_search(rows_ND, self._search_tables(), num_rows=num_rows)
         return codes_NK.view(batch_size, num_frames, num_rows).transpose(1, 2)
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ class SimVQ(Quantizer):
         self.check_codes(codes)
         batch_size, num_rows, num_frames = codes.shape
         with torch.autocast(codes.device.type, enabled=False):
-            latents_ND = rvq_decode(codes.transpose(1, 2).reshape(-1, num_rows), self._tables_and_offsets()[0])
+            latents_ND = rvq_decode(codes.transpose(1, 2).reshape(-1, num_rows), self._search_tables().entries_KCd)
         return latents_ND.view(batch_size, num_frames, self.config.latent_dim).transpose(1, 2)
 
     def forward(
@@ -113,8 +113,9 @@ class SimVQ(Quantizer):
         # Every frame that is real has the first stage. What stands in the others must not spread, be it NaN.
         is_real_N1 = present_NK[:, :1]
         rows_ND = torch.where(is_real_N1, latents.transpose(1, 2).reshape(-1, num_dims), 0.0)
-        tables_KCD = self.tables()
-        codes_NK = rvq_search(rows_ND, tables_KCD).masked_fill(~present_NK, -1)
+        tables = self._search_tables()
+        tables_KCD = tables.entries_KCd
+        codes_NK = rvq_search(rows_ND, tables).masked_fill(~present_NK, -1)
 
         residual_ND = rows_ND
         commitments_N, errors_N = [], []
@@ -143,21 +144,5 @@ class SimVQ(Quantizer):
     def update(self, *quantized: Quantized) -> None:
         """Nothing: the maps are learned by gradient."""
 
-    def _tables_and_offsets(self) -> tuple[Tensor, Tensor]:
-        """`tables` and their `score_offsets`, kept until what they are made of is written to or moved."""
-        if self.weight.requires_grad or self.bias.requires_grad:  # fused optimizers write without leaving a trace
-            self._kept = None
-            tables_KCD = self.tables()
-            return tables_KCD, score_offsets(tables_KCD)
-        sources = [self.codebooks, self.weight, self.bias]
-        versions = [None if tensor.is_inference() else tensor._version for tensor in sources]
-        if self._kept is not None:
-            aliases, kept_versions, kept = self._kept
-            is_same = all(alias.data_ptr() == t.data_ptr() for alias, t in zip(aliases, sources, strict=True))
-            if is_same and versions == kept_versions:
-                return kept
-        tables_KCD = self.tables()
-        made = (tables_KCD, score_offsets(tables_KCD))
-        # The aliases keep the memory from being handed out again, to another tensor at the same address.
-        self._kept = ([tensor.detach() for tensor in sources], versions, made)
-        return made
+    def _search_tables(self) -> SearchTables:
+        return self._kept_tables.get([self.codebooks, self.weight, self.bias], lambda: SearchTables(self.tables()))

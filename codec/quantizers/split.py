@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from codec.config import register
+from codec.kernels.kept import Kept
+from codec.kernels.residual_search import SearchTables, rvq_search
 from codec.kernels.row_linear import row_linear
 from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig
@@ -84,16 +86,19 @@ class SplitVQ(Quantizer):
         self.valid_num_quantizers = tuple(range(1, config.num_stages + 1))
         self.semantic = _Part(config, num_stages=1)
         self.acoustic = _Part(config, num_stages=config.num_stages - 1)
+        self._kept_tables: Kept[SearchTables] = Kept()
 
     @torch.no_grad()
     def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         num_rows = self.check_num_quantizers(num_quantizers)
+        codebooks = [self.semantic.vq.codebooks, self.acoustic.vq.codebooks]
+        # One search over two chains: what the semantic part sees, and what the acoustic part sees.
+        chains = [0] + [1] * (self.config.num_stages - 1)
+        tables = self._kept_tables.get(codebooks, lambda: SearchTables(torch.cat(codebooks), chains=chains))
         with torch.autocast(latents.device.type, enabled=False):
-            codes = self.semantic.vq.encode(self.semantic.project(latents))
-            if num_rows == 1:
-                return codes
-            acoustic = self.acoustic.vq.encode(self.acoustic.project(latents), num_quantizers=num_rows - 1)
-        return torch.cat([codes, acoustic], dim=1)
+            both = torch.cat([self.semantic.project(latents), self.acoustic.project(latents)], dim=1)
+            codes_NK = rvq_search(both.transpose(1, 2).flatten(0, 1), tables, num_rows=num_rows)
+        return codes_NK.view(latents.shape[0], latents.shape[2], num_rows).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

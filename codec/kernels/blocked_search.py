@@ -1,0 +1,167 @@
+"""Residual search on the CPU in float32, block by block, so that scores stay in cache. Nothing is compiled.
+
+Letters as in `codec.kernels.residual_search`; n rows of a block.
+
+Products are torch's, and numpy's for single rows: a product of one matrix and one vector reads the codebook once, which
+is all the time it may take, and torch's (MKL) read at a third of the bandwidth on the processor this was measured on.
+Choices are numpy's: its `argmax` over 1024 scores is bound by memory, while torch's takes eight times as long, a fifth
+of 128 dims of products and more than 8 dims of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from codec.kernels.search_tables import SearchTables, error_bounds
+
+_BLOCK_SCORES = 2**19  # 2 MB of float32
+_FEWEST_AT_ONCE = 4  # so many rows take as long at once as one by one
+_ROUNDING = 2.0**-24
+# Bounds are at least 10 roundings of the largest sum that there may be. From here on it may be too large for float32.
+_LARGEST_BOUND = 1e32
+# How much torch may round the factors of a float32 product, by `torch.set_float32_matmul_precision`: not at all, to 11
+# bits (TF32), to 8 bits (bfloat16).
+_INPUT_ROUNDINGS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+
+_Floats = npt.NDArray[np.float32]
+_Codes = npt.NDArray[np.int64]
+
+
+def search(latents_ND: Tensor, tables: SearchTables, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    """Codes int64 [N, K'] of float32 latents on the CPU, and which rows are uncertain, or None where none is.
+
+    Rows that rounding could have decided are searched again one by one, and their candidates compared in float64; what
+    is left over is not finite, or near the largest number.
+    """
+    num_latents = len(latents_ND)
+    codes_NK = torch.empty(num_latents, num_rows, dtype=torch.int64)
+    arrays = tables.prepared("arrays", _Arrays)
+    latents, codes = latents_ND.numpy(), codes_NK.numpy()
+    unclear: Iterable[int] = range(num_latents)
+    if num_latents >= _FEWEST_AT_ONCE:
+        block_rows = max(_FEWEST_AT_ONCE, _BLOCK_SCORES // tables.codebook_size)
+        is_clear_N = np.empty(num_latents, np.bool_)
+        for first in range(0, num_latents, block_rows):
+            block = slice(first, first + block_rows)
+            is_clear_N[block] = _search_block(latents_ND[block], arrays, codes[block])
+        unclear = np.flatnonzero(~is_clear_N)
+    uncertain = [place for place in unclear if not _search_one(latents[place], arrays, codes[place])]
+    return codes_NK, torch.tensor(uncertain) if uncertain else None
+
+
+class _Row(NamedTuple):
+    """What a code row needs; float32 arrays are views of the tensors. `tie`: slope and constant, for two scores."""
+
+    chain: slice
+    entries_Cd: Tensor
+    entries: _Floats
+    offsets_C: Tensor
+    offsets: _Floats
+    exact_offsets: npt.NDArray[np.float64]
+    tie: tuple[float, float]
+    taken_dims: slice
+    taken: _Floats
+
+
+class _Arrays:
+    """The tables row by row, and by how much leads may be wrong, by the precision of torch's products."""
+
+    def __init__(self, tables: SearchTables) -> None:
+        exact_bounds = [2.0 * bound for bound in error_bounds(tables, 2.0**-53, smallest=1e-300)]
+        self.rows = []
+        for row, (first, table) in enumerate(tables.takes):
+            entries_Cd, exact_offsets_C = tables.entries_KCd[row], tables.exact_offsets_KC[row]
+            offsets_C = exact_offsets_C.float()
+            self.rows.append(
+                _Row(
+                    chain=tables.slice_of(row),
+                    entries_Cd=entries_Cd,
+                    entries=entries_Cd.numpy(),
+                    offsets_C=offsets_C,
+                    offsets=offsets_C.numpy(),
+                    exact_offsets=exact_offsets_C.numpy(),
+                    tie=(float(exact_bounds[0][row]), float(exact_bounds[1][row])),
+                    taken_dims=slice(first, first + table.shape[1]),
+                    taken=table.numpy(),
+                )
+            )
+        self.bounds = {
+            # Twice, for both scores of a lead may be wrong.
+            precision: [2.0 * bound.numpy() for bound in error_bounds(tables, _ROUNDING, input_rounding=input_rounding)]
+            for precision, input_rounding in _INPUT_ROUNDINGS.items()
+        }
+
+
+def _search_block(latents_nD: Tensor, arrays: _Arrays, codes_nK: _Codes) -> npt.NDArray[np.bool_]:
+    """Write the codes of a block, and say in which rows [n] rounding cannot have decided."""
+    num_here, num_rows = codes_nK.shape
+    residual_nD = latents_nD.clone(memory_format=torch.contiguous_format)
+    residual = residual_nD.numpy()
+    scores_nC = torch.empty(num_here, len(arrays.rows[0].entries))
+    scores = scores_nC.numpy()
+    leads_Kn, norms_Kn = (np.empty((num_rows, num_here), np.float32) for _ in range(2))
+    places = np.arange(num_here)
+    with np.errstate(all="ignore"):
+        for number, row in enumerate(arrays.rows[:num_rows]):
+            torch.addmm(row.offsets_C, residual_nD[:, row.chain], row.entries_Cd.T, out=scores_nC)
+            chosen = scores.argmax(1)
+            leads_Kn[number] = scores[places, chosen]
+            scores[places, chosen] = -np.inf
+            leads_Kn[number] -= scores.max(1)
+            chain = residual[:, row.chain]
+            norms_Kn[number] = np.sqrt(np.einsum("nd,nd->n", chain, chain))
+            residual[:, row.taken_dims] -= row.taken.take(chosen, 0)
+            codes_nK[:, number] = chosen
+        slopes_K, constants_K = arrays.bounds[torch.get_float32_matmul_precision()]
+        bounds_Kn = slopes_K[:num_rows, None] * norms_Kn + constants_K[:num_rows, None]
+        # A bound that is no number is not certain.
+        is_certain_Kn = (leads_Kn > bounds_Kn) & (bounds_Kn < _LARGEST_BOUND)
+    return np.asarray(is_certain_Kn.all(axis=0))
+
+
+def _search_one(latent: _Floats, arrays: _Arrays, codes_K: _Codes, num_given: int = 0) -> bool:
+    """Write the codes of one row, after the first `num_given`; say whether they are those of the reference."""
+    num_rows = len(codes_K)
+    residual, scores_KC = latent.copy(), np.empty((num_rows, len(arrays.rows[0].entries)), np.float32)
+    chains_Kd = np.empty((num_rows, arrays.rows[0].entries.shape[1]), np.float32)
+    with np.errstate(all="ignore"):
+        for number, row in enumerate(arrays.rows[:num_rows]):
+            chains_Kd[number] = chain = residual[row.chain]
+            scores_C = scores_KC[number]
+            np.dot(row.entries, chain, out=scores_C)
+            scores_C += row.offsets
+            if number >= num_given:
+                codes_K[number] = scores_C.argmax()
+            residual[row.taken_dims] -= row.taken[codes_K[number]]
+        slopes_K, constants_K = arrays.bounds["highest"]
+        norms_K = np.sqrt(np.einsum("kd,kd->k", chains_Kd, chains_Kd))
+        bounds_K = slopes_K[:num_rows] * norms_K + constants_K[:num_rows]
+        # A bound that is no number says nothing.
+        if not (bounds_K < _LARGEST_BOUND).all():
+            return False
+        least_K = scores_KC[np.arange(num_rows), codes_K] - bounds_K
+        is_candidate_KC = scores_KC >= least_K[:, None].astype(np.float32)
+    if np.count_nonzero(is_candidate_KC) == num_rows:  # each row's best score is one of them
+        return True
+    for number in range(num_given, num_rows):
+        candidates = np.flatnonzero(is_candidate_KC[number])
+        code = _nearest(chains_Kd[number], arrays.rows[number], candidates) if len(candidates) > 1 else candidates[0]
+        if code != codes_K[number]:  # what follows it is for another residual
+            codes_K[number] = code
+            return _search_one(latent, arrays, codes_K, number + 1)
+    return True
+
+
+def _nearest(chain: _Floats, row: _Row, candidates: _Codes) -> int:
+    """The first of the candidates that float64 cannot tell from the best one."""
+    chain_d = chain.astype(np.float64)
+    scores = row.entries[candidates].astype(np.float64) @ chain_d + row.exact_offsets[candidates]
+    slope, constant = row.tie
+    tie = slope * np.sqrt(chain_d @ chain_d) + constant
+    return int(candidates[np.flatnonzero(scores >= scores.max() - tie)[0]])
