@@ -132,7 +132,7 @@ def train(config: DictConfig) -> CodecTraining:
         with contextlib.suppress(TimeIsUp):
             trainer.fit(module, data, ckpt_path=str(last) if settings.resume else None, weights_only=True)
     if trainer.is_global_zero:
-        print(f"{output_dir}: step {trainer.global_step} of {settings.max_steps}; python -m tools.export {output_dir} FOLDER")
+        print(f"step {trainer.global_step} of {settings.max_steps}; python -m tools.export {output_dir} FOLDER")
     return module
 
 

@@ -269,3 +269,19 @@ def test_callers_mistakes_are_value_errors() -> None:
         quantizer.decode(torch.tensor([[[0, 16]]]))
     with pytest.raises(ValueError, match="codebook_dim must be positive, got 0"):
         FactorizedVQConfig(latent_dim=8, num_stages=1, codebook_dim=0)
+
+
+def test_codes_follow_every_parameter_also_with_weight_norm() -> None:
+    """What encode and decode keep between calls must not outlive a change."""
+    latents = _latents(30)
+    for has_weight_norm in (False, True):
+        quantizer = _quantizer().requires_grad_(False)
+        if has_weight_norm:
+            add_weight_norm(quantizer)
+            quantizer.requires_grad_(False)
+        for _, parameter in quantizer.named_parameters():
+            codes, decoded = quantizer.encode(latents), quantizer.decode(quantizer.encode(latents))
+            parameter.copy_(parameter.flip(0) + 0.3 * torch.randn_like(parameter))
+            assert torch.equal(quantizer.encode(latents), copy.deepcopy(quantizer).encode(latents))
+            again = quantizer.decode(quantizer.encode(latents))
+            assert not (torch.equal(quantizer.encode(latents), codes) and torch.equal(again, decoded))

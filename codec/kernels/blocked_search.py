@@ -10,7 +10,7 @@ of 128 dims of products and more than 8 dims of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +96,20 @@ class _Arrays:
             precision: [2.0 * bound.numpy() for bound in error_bounds(tables, _ROUNDING, input_rounding=input_rounding)]
             for precision, input_rounding in _INPUT_ROUNDINGS.items()
         }
+        self.codebook_size = tables.codebook_size
+        self.places = np.arange(tables.num_rows)
+        everything = slice(0, tables.num_dims)
+        # For single rows, which are searched in as few calls as can be: no slice where it is all dims.
+        self.steps = [
+            (
+                None if row.chain == everything else row.chain,
+                row.entries,
+                row.offsets,
+                None if row.taken_dims == everything else row.taken_dims,
+                row.taken,
+            )
+            for row in self.rows
+        ]
 
 
 def _search_block(latents_nD: Tensor, arrays: _Arrays, codes_nK: _Codes) -> npt.NDArray[np.bool_]:
@@ -125,36 +139,46 @@ def _search_block(latents_nD: Tensor, arrays: _Arrays, codes_nK: _Codes) -> npt.
     return np.asarray(is_certain_Kn.all(axis=0))
 
 
-def _search_one(latent: _Floats, arrays: _Arrays, codes_K: _Codes, num_given: int = 0) -> bool:
-    """Write the codes of one row, after the first `num_given`; say whether they are those of the reference."""
-    num_rows = len(codes_K)
-    residual, scores_KC = latent.copy(), np.empty((num_rows, len(arrays.rows[0].entries)), np.float32)
-    chains_Kd = np.empty((num_rows, arrays.rows[0].entries.shape[1]), np.float32)
+def _search_one(latent: _Floats, arrays: _Arrays, codes_K: _Codes, given: Sequence[int] = ()) -> bool:
+    """Write the codes of one row, the first of which are given; say whether they are those of the reference.
+
+    Every call counts: after a codebook has gone through the caches, all that runs is read from memory again.
+    """
+    num_rows, num_given = len(codes_K), len(given)
+    residuals_KD = np.empty((num_rows + 1, len(latent)), np.float32)
+    residuals_KD[0] = residual = latent
+    scores_KC = np.empty((num_rows, arrays.codebook_size), np.float32)
+    codes = list(given)
     with np.errstate(all="ignore"):
-        for number, row in enumerate(arrays.rows[:num_rows]):
-            chains_Kd[number] = chain = residual[row.chain]
-            scores_C = scores_KC[number]
-            np.dot(row.entries, chain, out=scores_C)
-            scores_C += row.offsets
+        for number, (chain, entries, offsets, taken_dims, taken) in enumerate(arrays.steps[:num_rows]):
+            scores_C, left_over = scores_KC[number], residuals_KD[number + 1]
+            np.dot(entries, residual if chain is None else residual[chain], out=scores_C)
+            np.add(scores_C, offsets, scores_C)
             if number >= num_given:
-                codes_K[number] = scores_C.argmax()
-            residual[row.taken_dims] -= row.taken[codes_K[number]]
+                codes.append(int(scores_C.argmax()))
+            if taken_dims is None:
+                np.subtract(residual, taken[codes[number]], left_over)
+            else:
+                left_over[:] = residual
+                left_over[taken_dims] -= taken[codes[number]]
+            residual = left_over
+        codes_K[:] = codes
+        # Whole residuals are no shorter than their chains, so the bounds hold, and are often twice as large as need be.
+        norms_K = np.sqrt(np.einsum("kd,kd->k", residuals_KD[:-1], residuals_KD[:-1]))
         slopes_K, constants_K = arrays.bounds["highest"]
-        norms_K = np.sqrt(np.einsum("kd,kd->k", chains_Kd, chains_Kd))
         bounds_K = slopes_K[:num_rows] * norms_K + constants_K[:num_rows]
-        # A bound that is no number says nothing.
-        if not (bounds_K < _LARGEST_BOUND).all():
-            return False
-        least_K = scores_KC[np.arange(num_rows), codes_K] - bounds_K
+        least_K = scores_KC[arrays.places[:num_rows], codes] - bounds_K
         is_candidate_KC = scores_KC >= least_K[:, None].astype(np.float32)
+        if not (bounds_K < _LARGEST_BOUND).all():  # a bound that is no number says nothing
+            return False
     if np.count_nonzero(is_candidate_KC) == num_rows:  # each row's best score is one of them
         return True
     for number in range(num_given, num_rows):
         candidates = np.flatnonzero(is_candidate_KC[number])
-        code = _nearest(chains_Kd[number], arrays.rows[number], candidates) if len(candidates) > 1 else candidates[0]
-        if code != codes_K[number]:  # what follows it is for another residual
-            codes_K[number] = code
-            return _search_one(latent, arrays, codes_K, number + 1)
+        row = arrays.rows[number]
+        code = _nearest(residuals_KD[number, row.chain], row, candidates) if len(candidates) > 1 else candidates[0]
+        if code != codes[number]:  # what follows it is for another residual
+            return _search_one(latent, arrays, codes_K, [*codes[:number], code])
     return True
 
 

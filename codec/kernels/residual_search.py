@@ -103,7 +103,8 @@ def rvq_search(latents_ND: Tensor, tables: SearchTables, *, num_rows: int | None
         raise ValueError(f"num_rows={num_rows} is not in 1..{tables.num_rows}")
     num_rows = tables.num_rows if num_rows is None else num_rows
     # No autocast: products into given memory and products of float64 are outside of it.
-    latents_ND = latents_ND.detach().to(_dtype(latents_ND, tables))
+    if latents_ND.requires_grad or latents_ND.dtype != _dtype(latents_ND, tables):
+        latents_ND = latents_ND.detach().to(_dtype(latents_ND, tables))
     name = resolve_impl(impl, latents_ND)
     if name == "reference":
         codes_NK = rvq_reference(latents_ND, tables, num_rows=num_rows)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,7 @@ class FactorizedVQ(Quantizer):
         self.codebook_sizes = (config.codebook_size,) * config.num_stages
         self.valid_num_quantizers = tuple(range(1, config.num_stages + 1))
         self.stages = nn.ModuleList(_Stage(config) for _ in range(config.num_stages))
+        self._parameter_dicts: list[dict[str, Any]] = [module._parameters for module in self.modules()]
         self._kept_small: Kept[_Small] = Kept()
 
     @property
@@ -156,7 +157,12 @@ class FactorizedVQ(Quantizer):
         """Nothing: the codebooks are learned by gradient."""
 
     def _small(self) -> _Small:
-        return self._kept_small.get(list(self.parameters()), lambda: _Small(list(self._stages())))
+        # Asking the modules for their parameters takes as long as a search. Their dictionaries stay; with weight norm,
+        # which moves weights elsewhere, some are missing there.
+        sources = [parameter for parameters in self._parameter_dicts for parameter in parameters.values()]
+        if len(sources) != 5 * self.config.num_stages:
+            sources = list(self.parameters())
+        return self._kept_small.get(sources, lambda: _Small(list(self._stages())))
 
     def _stages(self, num_stages: int | None = None) -> Iterator[_Stage]:
         return cast("Iterator[_Stage]", iter(self.stages[:num_stages]))

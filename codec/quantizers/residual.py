@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from codec.config import register
 from codec.kernels.kept import Kept
 from codec.kernels.residual_search import SearchTables, rvq_decode, rvq_search
+from codec.kernels.statistics import sums_by_code
 from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig, usage
 from codec.quantizers.transport import LEAST_EPSILON, balanced_codes, transport_loss
@@ -309,8 +310,7 @@ class ResidualVQ(Quantizer):
         for row in range(num_rows):
             codes_n = codes_NK[present_NK[:, row], row]
             inputs_nd = residual_NGd[present_NK[:, row], row % groups]
-            counts_KC[row] = torch.bincount(codes_n, minlength=config.codebook_size)
-            sums_KCd[row].index_add_(0, codes_n, inputs_nd)
+            counts_KC[row], sums_KCd[row] = sums_by_code(inputs_nd, codes_n, config.codebook_size)
             chosen_C = torch.randint(total_K[row], size, generator=generator, device=rows_ND.device)
             drawn_KCd[row] = _share_of(inputs_nd, chosen_C, first_K[row])
             residual_NGd[present_NK[:, row], row % groups] -= self.codebooks[row, codes_n]
@@ -371,8 +371,7 @@ class ResidualVQ(Quantizer):
     def _assigned(self, points_Nd: Tensor, entries_Cd: Tensor) -> tuple[Tensor, Tensor]:
         """How many points of all processes are nearest to each entry [C], and their sums [C, d]."""
         codes_N = rvq_search(points_Nd, SearchTables(entries_Cd[None]))[:, 0]
-        counts_C = torch.bincount(codes_N, minlength=len(entries_Cd)).to(points_Nd.dtype)
-        sums_Cd = torch.zeros_like(entries_Cd).index_add_(0, codes_N, points_Nd)
+        counts_C, sums_Cd = sums_by_code(points_Nd, codes_N, len(entries_Cd))
         return self._all_reduce(counts_C), self._all_reduce(sums_Cd)
 
     def training_state(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codec.config import register
 from codec.kernels.kept import Kept
-from codec.kernels.residual_search import SearchTables, rvq_search
+from codec.kernels.residual_search import SearchTables, rvq_decode, rvq_search
 from codec.kernels.row_linear import row_linear
 from codec.quantizers.gradients import GRADIENTS, check_gradient
 from codec.quantizers.interface import Quantized, Quantizer, QuantizerConfig
@@ -86,28 +86,37 @@ class SplitVQ(Quantizer):
         self.valid_num_quantizers = tuple(range(1, config.num_stages + 1))
         self.semantic = _Part(config, num_stages=1)
         self.acoustic = _Part(config, num_stages=config.num_stages - 1)
-        self._kept_tables: Kept[SearchTables] = Kept()
+        self._kept_both: Kept[_Both] = Kept()
 
     @torch.no_grad()
     def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         num_rows = self.check_num_quantizers(num_quantizers)
-        codebooks = [self.semantic.vq.codebooks, self.acoustic.vq.codebooks]
-        # One search over two chains: what the semantic part sees, and what the acoustic part sees.
-        chains = [0] + [1] * (self.config.num_stages - 1)
-        tables = self._kept_tables.get(codebooks, lambda: SearchTables(torch.cat(codebooks), chains=chains))
+        batch_size, _, num_frames = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            both = torch.cat([self.semantic.project(latents), self.acoustic.project(latents)], dim=1)
-            codes_NK = rvq_search(both.transpose(1, 2).flatten(0, 1), tables, num_rows=num_rows)
-        return codes_NK.view(latents.shape[0], latents.shape[2], num_rows).transpose(1, 2)
+            both = self._both()
+            rows_ND = latents.to(both.input_weight).mT.flatten(0, 1).contiguous()
+            codes_NK = rvq_search(row_linear(rows_ND, both.input_weight), both.tables, num_rows=num_rows)
+        return codes_NK.view(batch_size, num_frames, num_rows).mT
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
+        batch_size, num_rows, num_frames = codes.shape
         with torch.autocast(codes.device.type, enabled=False):
-            latents = self.semantic.project_back(self.semantic.vq.decode(codes[:, :1]))
-            if codes.shape[1] > 1:
-                latents = latents + self.acoustic.project_back(self.acoustic.vq.decode(codes[:, 1:]))
-        return latents
+            both = self._both()
+            codes_NK, entries_KCd = codes.mT.flatten(0, 1), both.tables.entries_KCd
+            parts = [rvq_decode(codes_NK[:, :1], entries_KCd[:1])]
+            if num_rows == 1:
+                parts.append(torch.zeros_like(parts[0]))
+            else:
+                parts.append(rvq_decode(codes_NK[:, 1:], entries_KCd[1:]))
+            latents_ND = row_linear(torch.cat(parts, dim=1), both.output_weight)
+        return latents_ND.view(batch_size, num_frames, self.config.latent_dim).mT
+
+    def _both(self) -> _Both:
+        parts = (self.semantic, self.acoustic)
+        tensors = [(part.input_proj.weight, part.output_proj.weight, part.vq.codebooks) for part in parts]
+        return self._kept_both.get([*tensors[0], *tensors[1]], lambda: _Both(*map(list, zip(*tensors, strict=True))))
 
     def forward(
         self, latents: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None
@@ -154,6 +163,17 @@ class SplitVQ(Quantizer):
         for name, part in {"semantic": self.semantic, "acoustic": self.acoustic}.items():
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             part.vq.load_training_state(own)
+
+
+class _Both:
+    """Both parts at once: one product there, one search over two chains, one product back; no gradient."""
+
+    @torch.no_grad()
+    def __init__(self, input_weights: list[Tensor], output_weights: list[Tensor], codebooks: list[Tensor]) -> None:
+        self.input_weight = torch.cat(input_weights)
+        self.output_weight = torch.cat(output_weights, dim=1)
+        chains = [0] + [1] * len(codebooks[1])
+        self.tables = SearchTables(torch.cat(codebooks), chains=chains)
 
 
 class _Part(nn.Module):

@@ -75,7 +75,7 @@ def _searches(case: Case) -> Iterator[_Offer]:
     def search(latents: Tensor, *, impl: str) -> Tensor:
         return _as_codes(rvq_search(case.rows(latents), case.tables, impl=impl), latents)
 
-    for impl in available_impls():
+    for impl in available_impls(case.device.type):
         yield f"search: {impl}", functools.partial(_pair, functools.partial(search, impl=impl), None)
 
 
