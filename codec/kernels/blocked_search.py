@@ -67,6 +67,7 @@ class _Row(NamedTuple):
     tie: tuple[float, float]
     taken_dims: slice
     taken: _Floats
+    takes_all_dims: bool
 
 
 class _Arrays:
@@ -89,6 +90,7 @@ class _Arrays:
                     tie=(float(exact_bounds[0][row]), float(exact_bounds[1][row])),
                     taken_dims=slice(first, first + table.shape[1]),
                     taken=table.numpy(),
+                    takes_all_dims=table.shape[1] == tables.num_dims,
                 )
             )
         self.bounds = {
@@ -105,7 +107,7 @@ class _Arrays:
                 None if row.chain == everything else row.chain,
                 row.entries,
                 row.offsets,
-                None if row.taken_dims == everything else row.taken_dims,
+                None if row.takes_all_dims else row.taken_dims,
                 row.taken,
             )
             for row in self.rows
@@ -113,30 +115,43 @@ class _Arrays:
 
 
 def _search_block(latents_nD: Tensor, arrays: _Arrays, codes_nK: _Codes) -> npt.NDArray[np.bool_]:
-    """Write the codes of a block, and say in which rows [n] rounding cannot have decided."""
+    """Write the codes of a block, and say in which rows [n] rounding cannot have decided.
+
+    That is looked into for as many code rows at a time as there is room for: S of them.
+    """
     num_here, num_rows = codes_nK.shape
-    residual_nD = latents_nD.clone(memory_format=torch.contiguous_format)
-    residual = residual_nD.numpy()
-    scores_nC = torch.empty(num_here, len(arrays.rows[0].entries))
-    scores = scores_nC.numpy()
-    leads_Kn, norms_Kn = (np.empty((num_rows, num_here), np.float32) for _ in range(2))
-    places = np.arange(num_here)
+    num_together = min(num_rows, max(1, _BLOCK_SCORES // (num_here * arrays.codebook_size)))
+    scores_SnC = torch.empty(num_together, num_here, arrays.codebook_size)
+    residuals_SnD = latents_nD.new_empty(num_together + 1, *latents_nD.shape)
+    residuals_SnD[0] = latents_nD
+    scores, residuals = scores_SnC.numpy(), residuals_SnD.numpy()
+    slopes_K, constants_K = arrays.bounds[torch.get_float32_matmul_precision()]
+    is_clear_n = np.ones(num_here, np.bool_)
     with np.errstate(all="ignore"):
-        for number, row in enumerate(arrays.rows[:num_rows]):
-            torch.addmm(row.offsets_C, residual_nD[:, row.chain], row.entries_Cd.T, out=scores_nC)
-            chosen = scores.argmax(1)
-            leads_Kn[number] = scores[places, chosen]
-            scores[places, chosen] = -np.inf
-            leads_Kn[number] -= scores.max(1)
-            chain = residual[:, row.chain]
-            norms_Kn[number] = np.sqrt(np.einsum("nd,nd->n", chain, chain))
-            residual[:, row.taken_dims] -= row.taken.take(chosen, 0)
-            codes_nK[:, number] = chosen
-        slopes_K, constants_K = arrays.bounds[torch.get_float32_matmul_precision()]
-        bounds_Kn = slopes_K[:num_rows, None] * norms_Kn + constants_K[:num_rows, None]
-        # A bound that is no number is not certain.
-        is_certain_Kn = (leads_Kn > bounds_Kn) & (bounds_Kn < _LARGEST_BOUND)
-    return np.asarray(is_certain_Kn.all(axis=0))
+        for first in range(0, num_rows, num_together):
+            now = slice(first, min(first + num_together, num_rows))
+            chosen_Sn = np.empty((now.stop - first, num_here), np.int64)
+            for place, row in enumerate(arrays.rows[now]):
+                torch.addmm(row.offsets_C, residuals_SnD[place, :, row.chain], row.entries_Cd.T, out=scores_SnC[place])
+                chosen_Sn[place] = scores[place].argmax(1)
+                taken_nd = row.taken.take(chosen_Sn[place], 0)
+                if row.takes_all_dims:
+                    np.subtract(residuals[place], taken_nd, residuals[place + 1])
+                else:
+                    residuals[place + 1] = residuals[place]
+                    residuals[place + 1, :, row.taken_dims] -= taken_nd
+            num_now = len(chosen_Sn)
+            codes_nK[:, now] = chosen_Sn.T
+            best_Sn = np.take_along_axis(scores[:num_now], chosen_Sn[:, :, None], 2)[:, :, 0]
+            np.put_along_axis(scores[:num_now], chosen_Sn[:, :, None], -np.inf, 2)
+            leads_Sn = best_Sn - scores[:num_now].max(2)
+            # Whole residuals are no shorter than their chains, so the bounds hold.
+            norms_Sn = np.sqrt(np.einsum("snd,snd->sn", residuals[:num_now], residuals[:num_now]))
+            bounds_Sn = slopes_K[now, None] * norms_Sn + constants_K[now, None]
+            # A bound that is no number says nothing.
+            is_clear_n &= ((leads_Sn > bounds_Sn) & (bounds_Sn < _LARGEST_BOUND)).all(axis=0)
+            residuals[0] = residuals[num_now]
+    return is_clear_n
 
 
 def _search_one(latent: _Floats, arrays: _Arrays, codes_K: _Codes, given: Sequence[int] = ()) -> bool:
