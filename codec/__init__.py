@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codec.bitstream import BitstreamError, Header, Reader, TruncatedError, Writer
+    from codec.kernels.numba_search import compile_search
     from codec.models.interface import AudioCodec, Codec, StreamableCodec
     from codec.pretrained import load, save
     from codec.streaming import StreamingDecoder, StreamingEncoder
@@ -35,6 +36,7 @@ __all__ = [
     "TruncatedError",
     "Writer",
     "available",
+    "compile_search",
     "cut",
     "join",
     "load",
@@ -58,6 +60,7 @@ _HOMES = {
     "Tokens": "codec.tokens",
     "TruncatedError": "codec.bitstream",
     "Writer": "codec.bitstream",
+    "compile_search": "codec.kernels.numba_search",
     "available": "codec.token_format",
     "cut": "codec.token_format",
     "join": "codec.token_format",

@@ -73,6 +73,7 @@ def test_everything_is_measured_and_gives_our_codes(form: str) -> None:
         "ours",
         "search: reference",
         "search: blocked",
+        "search: numba",
         "eager loop",
         "eager loop, max",
     ]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codec.kernels import blocked_search
+import codec
+from codec.kernels import blocked_search, numba_search
 from codec.kernels.residual_search import (
     SearchTables,
     available_impls,
@@ -399,6 +400,16 @@ def test_few_choices_are_close(
         assert blocked_search.search(part, tables, 8)[1] is None
     assert num_close[0] <= most * num_rows
     assert num_close[0] > 0 or num_latents == 1
+
+
+def test_auto_compiles_nothing_and_takes_what_was_compiled_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_search, "_is_compiled", False)
+    frame, frames = torch.zeros(1, 4), torch.zeros(9, 4)
+    assert resolve_impl("auto", frame) == "blocked"
+    codec.compile_search()
+    assert resolve_impl("auto", frame) == "numba"
+    assert resolve_impl("auto", frames) == "blocked"
+    assert resolve_impl("auto", frame.double()) == "reference"
 
 
 @pytest.mark.parametrize("num_latents", [1, 100])

@@ -42,7 +42,7 @@ def test_cases(where: str) -> None:
 
 
 def test_it_is_offered_where_it_runs() -> None:
-    assert available_impls() == ("reference", "blocked")
+    assert available_impls() == ("reference", "blocked", "numba")
     assert ("triton" in available_impls("cuda")) == torch.cuda.is_available()
     with pytest.raises(ValueError, match="'triton' is not available"):
         rvq_search(torch.zeros(1, 4), SearchTables(torch.zeros(1, 2, 4)), impl="triton")

@@ -35,7 +35,7 @@ from codec.verification import CodeDifference, Verification, Verifier, Way, text
 pytest_plugins = ["commands"]
 
 BATCH, PADDED, STREAM = "in a batch of 3", "padded, beside a longer one", "streamed"
-SEARCHES = ["search 'reference'", "search 'blocked'"]
+SEARCHES = ["search 'reference'", "search 'blocked'", "search 'numba'"]
 NO_SEARCH: list[QuantizerConfig] = [
     FSQConfig(latent_dim=12, levels=(5, 4, 3)),
     BinarySphericalConfig(latent_dim=12, num_bits=4),

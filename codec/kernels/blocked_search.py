@@ -51,8 +51,14 @@ def search(latents_ND: Tensor, tables: SearchTables, num_rows: int) -> tuple[Ten
             block = slice(first, first + block_rows)
             is_clear_N[block] = _search_block(latents_ND[block], arrays, codes[block])
         unclear = np.flatnonzero(~is_clear_N)
-    uncertain = [place for place in unclear if not _search_one(latents[place], arrays, codes[place])]
+    uncertain = search_again(latents, tables, codes, unclear)
     return codes_NK, torch.tensor(uncertain) if uncertain else None
+
+
+def search_again(latents: _Floats, tables: SearchTables, codes: _Codes, places: Iterable[int]) -> list[int]:
+    """Search some rows one by one, and decide in float64 what is close; the places of those that stay uncertain."""
+    arrays = tables.prepared("arrays", _Arrays)
+    return [place for place in places if not _search_one(latents[place], arrays, codes[place])]
 
 
 class _Row(NamedTuple):

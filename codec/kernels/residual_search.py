@@ -30,6 +30,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from codec.kernels import blocked_search
 from codec.kernels.search_tables import SearchTables as SearchTables
 from codec.kernels.search_tables import error_bounds
 
+_FEW_ROWS = 8  # from some 16 on, products of all rows at once take less time than compiled row after row
 _REFERENCE_ROWS = 256  # at a time: their float64 scores of 1024 entries are 2 MB
 _ROUNDING, _SMALLEST = 2.0**-53, 1e-300  # of float64
 
@@ -164,7 +166,9 @@ def resolve_impl(impl: str, latents_ND: Tensor | None = None) -> str:
     if impl == "auto":
         if latents_ND is not None and latents_ND.device.type != "cpu":
             return "triton" if dtype == torch.float32 and has_triton(latents_ND.device.type) else "reference"
-        return "blocked" if dtype == torch.float32 else "reference"
+        if dtype != torch.float32:
+            return "reference"
+        return "numba" if latents_ND is not None and len(latents_ND) <= _FEW_ROWS and _is_compiled() else "blocked"
     devices = ("cpu", "cuda") if latents_ND is None else (latents_ND.device.type,)
     available = dict.fromkeys(name for device in devices for name in available_impls(device))
     if impl not in available:
@@ -177,6 +181,8 @@ def resolve_impl(impl: str, latents_ND: Tensor | None = None) -> str:
 def available_impls(device_type: str = "cpu") -> tuple[str, ...]:
     """The names that `impl` may have for latents on a device of this type ("cpu", "cuda") on this machine."""
     fast = ["blocked"] if device_type == "cpu" else []
+    if device_type == "cpu" and _has_numba():
+        fast.append("numba")
     if has_triton(device_type):
         fast += ["triton", "triton_tf32x3"]
     return ("reference", *fast)
@@ -187,6 +193,22 @@ def has_triton(device_type: str) -> bool:
     """Whether Triton's kernels run on devices of this type: on GPUs, and everywhere in its interpreter (for tests)."""
     can_run = os.environ.get("TRITON_INTERPRET") == "1" or (device_type == "cuda" and torch.cuda.is_available())
     return can_run and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _is_compiled() -> bool:
+    module = sys.modules.get("codec.kernels.numba_search")
+    return module is not None and module.is_compiled()
+
+
+def _numba_search(latents_ND: Tensor, tables: SearchTables, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    from codec.kernels import numba_search  # loads Numba, and compiles at the first call
+
+    return numba_search.search(latents_ND, tables, num_rows)
 
 
 def _triton_search(
@@ -200,6 +222,7 @@ def _triton_search(
 # Each gives the codes [N, K'] of float32 latents, and in which rows [n] they may differ from those of the reference.
 _FAST: dict[str, Callable[[Tensor, SearchTables, int], tuple[Tensor, Tensor | None]]] = {
     "blocked": blocked_search.search,
+    "numba": _numba_search,
     "triton": _triton_search,
     "triton_tf32x3": functools.partial(_triton_search, precision="tf32x3"),
 }
