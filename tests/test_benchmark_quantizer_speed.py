@@ -71,6 +71,7 @@ def test_everything_is_measured_and_gives_our_codes(form: str) -> None:
     result = measure(tiny_case(form), "tiny", repetitions=2, kinds=("ours", "eager"))
     assert [entry.name for entry in result.encoding] == [
         "ours",
+        "ours, compiled",
         "search: reference",
         "search: blocked",
         "search: numba",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.kernels.residual_search import available_impls, rvq_search
+from codec.kernels.residual_search import available_impls, rvq_search, search_with
 from tools.quantizer_speed.cases import Case, projected
 from tools.quantizer_speed.peers import PEERS
 
@@ -75,6 +75,12 @@ def _searches(case: Case) -> Iterator[_Offer]:
     def search(latents: Tensor, *, impl: str) -> Tensor:
         return _as_codes(rvq_search(case.rows(latents), case.tables, impl=impl), latents)
 
+    def compiled(latents: Tensor) -> Tensor:
+        with search_with("numba"):
+            return case.quantizer.encode(latents)
+
+    if "numba" in available_impls(case.device.type):
+        yield "ours, compiled", functools.partial(_pair, compiled, None)
     for impl in available_impls(case.device.type):
         yield f"search: {impl}", functools.partial(_pair, functools.partial(search, impl=impl), None)
 
