@@ -4,9 +4,9 @@ Every candidate of a case encodes the same latents with the same codebooks. In e
 included: a turn is some 10 ms of calls, or one, and where it is several, the first, which brings memory into caches,
 does not count. A call has ended when its result is there. Times are medians, with the 10th and 90th percentile.
 
-Candidates: "ours" is the module's `encode`, "ours, compiled" the same with the search that Numba compiled, "search: X" the
-search alone by one implementation, with the projections before it. "eager" loops do the same with single operations of
-torch, on tables that were prepared once; "compile" is such a loop under `torch.compile`, and "graph", on a GPU, that
+Candidates: "ours" is the module's `encode`, "ours, compiled" the same with the search that Numba compiled, "search: X"
+the search alone by one implementation, with the projections before it. "eager" loops do the same with single operations
+of torch, on tables that were prepared once; "compile" is such a loop under `torch.compile`, and "graph", on a GPU, that
 loop and ours in CUDA graphs. Each of the "peers" is the quantizer of another package; `tools.quantizer_speed.peers`
 tells what is called.
 
