@@ -4,9 +4,9 @@ A BLAS library picks its inner loops by the shape of the problem, so the same ro
 the last bits when the number of rows changes; a residual quantizer then turns one bit into another code. Here rows are
 kept apart from that choice:
 
-- on one CPU thread, rows of a product are bit-equal for any row count of 16 or more, and on some processors of 8 or
-  more, which makes single frames cheaper; so short inputs are padded to 16, or to 8 where a trial of
-  that very shape on this machine gave the same bits;
+- on one CPU thread, rows of a product are bit-equal for any row count of 16 or more, and on some processors of 8 or of
+  4 or more, which makes single frames cheaper; so short inputs are padded to 16, or to 8 or 4 where a trial of that very
+  shape on this machine gave the same bits;
 - on several CPU threads the library also splits the rows among threads, so the work is cut into tiles of 16 to 48 rows;
 - products of fewer than 12 columns use inner loops in which a row's place matters, so columns are padded to 16;
 - on a GPU the row count selects the kernel, so every product has one fixed row count.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_ROWS = 16
-FEWEST_ROWS = 8
+FEWER_ROWS = (4, 8)
 MIN_COLUMNS = 16
 CPU_TILE_ROWS = 48
 GPU_TILE_ROWS = 256
@@ -73,7 +73,7 @@ def pad_rows(rows: Tensor, *weights: Tensor) -> Tensor:
 
 @functools.cache
 def _fewest_rows(in_channels: int, out_channels: int) -> int:
-    """8 where rows of float32 products of this shape are the same in 8 to 15 rows as in 64; else 16.
+    """4 or 8 where rows of float32 products of this shape are the same in so many to 15 rows as in 64; else 16.
 
     Which inner loops run depends on the shape alone, and other loops round differently in about every second element:
     with random numbers a difference cannot stay unseen.
@@ -82,15 +82,18 @@ def _fewest_rows(in_channels: int, out_channels: int) -> int:
     rows = torch.randn(64, in_channels, generator=generator)
     weight = torch.randn(out_channels, in_channels, generator=generator)
     bias = torch.randn(out_channels, generator=generator)
+    fewest = MIN_ROWS
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for use_bias in (bias, None):
-            whole = F.linear(rows, weight, use_bias)
-            for num_rows in range(FEWEST_ROWS, MIN_ROWS):
-                first = 5 * (num_rows - FEWEST_ROWS)
+        wholes = [(use_bias, F.linear(rows, weight, use_bias)) for use_bias in (bias, None)]
+        for num_rows in reversed(range(min(FEWER_ROWS), MIN_ROWS)):
+            first = 4 * (num_rows - min(FEWER_ROWS))
+            for use_bias, whole in wholes:
                 part = F.linear(rows[first : first + num_rows], weight, use_bias)
                 if not torch.equal(part, whole[first : first + num_rows]):
-                    return MIN_ROWS
-    return FEWEST_ROWS
+                    return fewest
+            if num_rows in FEWER_ROWS:
+                fewest = num_rows
+    return fewest
 
 
 def _tiled(rows: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int) -> Tensor:
