@@ -5,8 +5,8 @@ the last bits when the number of rows changes; a residual quantizer then turns o
 kept apart from that choice:
 
 - on one CPU thread, rows of a product are bit-equal for any row count of 16 or more, and on some processors of 8 or of
-  4 or more, which makes single frames cheaper; so short inputs are padded to 16, or to 8 or 4 where a trial of that very
-  shape on this machine gave the same bits;
+  4 or more, which makes single frames cheaper; so short inputs are padded to 16, or to 8 or 4 where a trial of that
+  very shape on this machine gave the same bits;
 - on several CPU threads the library also splits the rows among threads, so the work is cut into tiles of 16 to 48 rows;
 - products of fewer than 12 columns use inner loops in which a row's place matters, so columns are padded to 16;
 - on a GPU the row count selects the kernel, so every product has one fixed row count.
