@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from codec.kernels.search_tables import SearchTables, error_bounds
+from codec.kernels.search_tables import SearchTables, error_bounds, tie_bounds
 
 _BLOCK_SCORES = 2**19  # 2 MB of float32
 _FEWEST_AT_ONCE = 4  # so many rows take as long at once as one by one
-_ROUNDING = 2.0**-24
+ROUNDING = 2.0**-24
 # Bounds are at least 10 roundings of the largest sum that there may be. From here on it may be too large for float32.
-_LARGEST_BOUND = 1e32
+LARGEST_BOUND = 1e32
 # How much torch may round the factors of a float32 product, by `torch.set_float32_matmul_precision`: not at all, to 11
 # bits (TF32), to 8 bits (bfloat16).
 _INPUT_ROUNDINGS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
@@ -80,7 +80,7 @@ class _Arrays:
     """The tables row by row, and by how much leads may be wrong, by the precision of torch's products."""
 
     def __init__(self, tables: SearchTables) -> None:
-        exact_bounds = [2.0 * bound for bound in error_bounds(tables, 2.0**-53, smallest=1e-300)]
+        tie_slopes, tie_constants = (bound.tolist() for bound in tie_bounds(tables))
         self.rows = []
         for row, (first, table) in enumerate(tables.takes):
             entries_Cd, exact_offsets_C = tables.entries_KCd[row], tables.exact_offsets_KC[row]
@@ -93,7 +93,7 @@ class _Arrays:
                     offsets_C=offsets_C,
                     offsets=offsets_C.numpy(),
                     exact_offsets=exact_offsets_C.numpy(),
-                    tie=(float(exact_bounds[0][row]), float(exact_bounds[1][row])),
+                    tie=(tie_slopes[row], tie_constants[row]),
                     taken_dims=slice(first, first + table.shape[1]),
                     taken=table.numpy(),
                     takes_all_dims=table.shape[1] == tables.num_dims,
@@ -101,7 +101,7 @@ class _Arrays:
             )
         self.bounds = {
             # Twice, for both scores of a lead may be wrong.
-            precision: [2.0 * bound.numpy() for bound in error_bounds(tables, _ROUNDING, input_rounding=input_rounding)]
+            precision: [2.0 * bound.numpy() for bound in error_bounds(tables, ROUNDING, input_rounding=input_rounding)]
             for precision, input_rounding in _INPUT_ROUNDINGS.items()
         }
         self.codebook_size = tables.codebook_size
@@ -155,7 +155,7 @@ def _search_block(latents_nD: Tensor, arrays: _Arrays, codes_nK: _Codes) -> npt.
             norms_Sn = np.sqrt(np.einsum("snd,snd->sn", residuals[:num_now], residuals[:num_now]))
             bounds_Sn = slopes_K[now, None] * norms_Sn + constants_K[now, None]
             # A bound that is no number says nothing.
-            is_clear_n &= ((leads_Sn > bounds_Sn) & (bounds_Sn < _LARGEST_BOUND)).all(axis=0)
+            is_clear_n &= ((leads_Sn > bounds_Sn) & (bounds_Sn < LARGEST_BOUND)).all(axis=0)
             residuals[0] = residuals[num_now]
     return is_clear_n
 
@@ -184,13 +184,13 @@ def _search_one(latent: _Floats, arrays: _Arrays, codes_K: _Codes, given: Sequen
                 left_over[taken_dims] -= taken[codes[number]]
             residual = left_over
         codes_K[:] = codes
-        # Whole residuals are no shorter than their chains, so the bounds hold, and are often twice as large as need be.
+        # Whole residuals are no shorter than their chains, so the bounds hold.
         norms_K = np.sqrt(np.einsum("kd,kd->k", residuals_KD[:-1], residuals_KD[:-1]))
         slopes_K, constants_K = arrays.bounds["highest"]
         bounds_K = slopes_K[:num_rows] * norms_K + constants_K[:num_rows]
         least_K = scores_KC[arrays.places[:num_rows], codes] - bounds_K
         is_candidate_KC = scores_KC >= least_K[:, None].astype(np.float32)
-        if not (bounds_K < _LARGEST_BOUND).all():  # a bound that is no number says nothing
+        if not (bounds_K < LARGEST_BOUND).all():  # a bound that is no number says nothing
             return False
     if np.count_nonzero(is_candidate_KC) == num_rows:  # each row's best score is one of them
         return True

@@ -20,6 +20,7 @@ from codec.kernels.search_tables import SearchTables, error_bounds
 
 _Floats = npt.NDArray[np.float32]
 _Codes = npt.NDArray[np.int64]
+_LARGEST_BOUND = blocked_search.LARGEST_BOUND  # a constant for the compiler
 _is_compiled = False
 
 
@@ -57,15 +58,12 @@ class _Arrays:
 
     def __init__(self, tables: SearchTables) -> None:
         dim = tables.entries_KCd.shape[2]
-        slopes_K, constants_K = (2.0 * bound.numpy() for bound in error_bounds(tables, 2.0**-24))
-        widths = [table.shape[1] for _, table in tables.takes]
-        begins = np.cumsum([0, *(table.numel() for _, table in tables.takes[:-1])])
+        slopes_K, constants_K = (2.0 * bound.numpy() for bound in error_bounds(tables, blocked_search.ROUNDING))
+        takes, begins = tables.flat_takes()
         plan = [
-            (chain * dim, first, width, begin)
-            for chain, (first, _), width, begin in zip(tables.chains, tables.takes, widths, begins, strict=True)
+            (chain * dim, first, table.shape[1], begin)
+            for chain, (first, table), begin in zip(tables.chains, tables.takes, begins, strict=True)
         ]
-        own = [table.data_ptr() for _, table in tables.takes] == [e.data_ptr() for e in tables.entries_KCd]
-        takes = tables.entries_KCd.flatten() if own else torch.cat([table.flatten() for _, table in tables.takes])
         self.of_kernel = (
             tables.entries_KCd.numpy(),
             tables.exact_offsets_KC.float().numpy(),
@@ -114,7 +112,7 @@ def _search(
             codes_NK[n, row] = code
             bound = slopes_K[row] * np.sqrt(np.float64(power)) + constants_K[row]
             # A lead or a bound that is no number is not clear. Scores that are none were passed over: so is the power.
-            is_clear = is_clear and np.float64(best) - np.float64(second) > bound and bound < 1e32
+            is_clear = is_clear and np.float64(best) - np.float64(second) > bound and bound < _LARGEST_BOUND
             first, width = plan_K4[row, 1], plan_K4[row, 2]
             taken = plan_K4[row, 3] + code * width
             for i in range(width):

@@ -41,17 +41,16 @@ from torch import Tensor
 
 from codec.kernels import blocked_search
 from codec.kernels.search_tables import SearchTables as SearchTables
-from codec.kernels.search_tables import error_bounds
+from codec.kernels.search_tables import tie_bounds
 
 _FEW_ROWS = 8  # from some 16 on, products of all rows at once take less time than compiled row after row
 _REFERENCE_ROWS = 256  # at a time: their float64 scores of 1024 entries are 2 MB
-_ROUNDING, _SMALLEST = 2.0**-53, 1e-300  # of float64
 
 
 def rvq_reference(latents_ND: Tensor, tables: SearchTables, *, num_rows: int | None = None) -> Tensor:
     """The specification: int64 codes [N, K] by the rules above. Residuals are rounded to the dtype of the latents."""
     num_rows = tables.num_rows if num_rows is None else num_rows
-    slopes_K, constants_K = error_bounds(tables, _ROUNDING, smallest=_SMALLEST)
+    slopes_K, constants_K = tie_bounds(tables)
     codes_NK = torch.empty(len(latents_ND), num_rows, dtype=torch.int64, device=latents_ND.device)
     for residual_ND, codes_nK in zip(
         latents_ND.clone().split(_REFERENCE_ROWS), codes_NK.split(_REFERENCE_ROWS), strict=True
@@ -61,7 +60,7 @@ def rvq_reference(latents_ND: Tensor, tables: SearchTables, *, num_rows: int | N
             scores_NC = torch.addmm(tables.exact_offsets_KC[row], chain_Nd, tables.entries_KCd[row].double().T)
             scores_NC = scores_NC.masked_fill(scores_NC.isnan(), -torch.inf)
             best_N1 = scores_NC.amax(1, keepdim=True)
-            tie_N1 = 2 * (slopes_K[row] * chain_Nd.norm(dim=1, keepdim=True) + constants_K[row])
+            tie_N1 = slopes_K[row] * chain_Nd.norm(dim=1, keepdim=True) + constants_K[row]
             # `max` returns the first of equal maxima. Where a tie's width is no number, nothing is, or all is infinite.
             is_best_NC = (scores_NC >= best_N1 - tie_N1) | (scores_NC == best_N1)
             codes_N = is_best_NC.byte().max(1).indices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TypeVar, cast
 
 import torch
@@ -51,7 +52,6 @@ class SearchTables:
             entries_KCd = F.normalize(entries_KCd, dim=-1)
         self.entries_KCd = entries_KCd.contiguous()
         self.chains = tuple(chains)
-        self.by = by
         self.num_dims = dim * (max(chains) + 1)
         self.is_distance = by == "distance"
         # The nearest entry e of a residual r maximises r . e - |e|^2 / 2; |r|^2 is the same for all entries.
@@ -85,6 +85,15 @@ class SearchTables:
         dim = self.entries_KCd.shape[2]
         return slice(self.chains[row] * dim, (self.chains[row] + 1) * dim)
 
+    def flat_takes(self) -> tuple[Tensor, list[int]]:
+        """The tables of `takes` one after the other, a view where they are the entries; and where each begins."""
+        tables = [table for _, table in self.takes]
+        if [table.data_ptr() for table in tables] == [entries.data_ptr() for entries in self.entries_KCd]:
+            flat = self.entries_KCd.flatten()
+        else:
+            flat = torch.cat([table.flatten() for table in tables])
+        return flat, list(accumulate((table.numel() for table in tables[:-1]), initial=0))
+
     def prepared(self, name: str, make: Callable[[SearchTables], _Prepared]) -> _Prepared:
         """What an implementation needs beside, made when it is first asked for."""
         if name not in self._prepared:
@@ -111,3 +120,9 @@ def error_bounds(
     # What is too small vanishes: squares in a norm, and products.
     vanishing_K = 10 * smallest**0.5 * slopes_K + smallest * num_terms
     return slopes_K, relative * tables.largest_offsets_K + vanishing_K
+
+
+def tie_bounds(tables: SearchTables) -> tuple[Tensor, Tensor]:
+    """How far apart two float64 scores may be and still tie, in every implementation: slopes and constants as above."""
+    slopes_K, constants_K = error_bounds(tables, 2.0**-53, smallest=1e-300)
+    return 2 * slopes_K, 2 * constants_K

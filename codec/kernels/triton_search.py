@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codec.kernels.search_tables import SearchTables, error_bounds
+from codec.kernels.search_tables import SearchTables, error_bounds, tie_bounds
 
 FEW_ROWS = 64  # at most so many share stages among programs,
 FEW_BYTES = 200_000  # and only codebooks that one program alone would read for longer than a launch takes, about 2 us
@@ -86,16 +86,17 @@ class _Layout:
         self.num_rows, self.codebook_size, self.dim = tables.entries_KCd.shape
         self.exact_offsets_KC = tables.exact_offsets_KC
         self.offsets_KC = tables.exact_offsets_KC.float()
-        # For each code row a slope and a constant for leads, and for ties: twice, for both of two scores may be wrong.
-        ties = error_bounds(tables, 2.0**-53, smallest=1e-300)
+        # For each code row a slope and a constant for leads, twice, for both scores may be wrong; and for ties.
+        ties_K2 = torch.stack(tie_bounds(tables), dim=1)
         self.bounds_K4 = {
-            precision: 2.0 * torch.stack([*error_bounds(tables, rounding, input_rounding=input_rounding), *ties], dim=1)
+            precision: torch.cat(
+                [2.0 * torch.stack(error_bounds(tables, rounding, input_rounding=input_rounding), dim=1), ties_K2],
+                dim=1,
+            )
             for precision, (rounding, input_rounding) in _ROUNDINGS.items()
         }
-        takes = [take_Cw for _, take_Cw in tables.takes]
-        are_entries = [take.data_ptr() for take in takes] == [entries.data_ptr() for entries in self.entries_KCd]
-        self.takes = self.entries_KCd if are_entries else torch.cat([take_Cw.flatten() for take_Cw in takes])
-        self.largest_width = max(take_Cw.shape[1] for take_Cw in takes)
+        self.takes, begins = tables.flat_takes()
+        self.largest_width = max(take_Cw.shape[1] for _, take_Cw in tables.takes)
         # Where all choices take away from their own chains alone, each chain is work of its own.
         are_apart = all(
             (first, take_Cw.shape[1]) == (chain * self.dim, self.dim)
@@ -106,10 +107,9 @@ class _Layout:
         # away the first dim, the number of dims, and where the table begins.
         plan = []
         for row, (chain, (first, take_Cw)) in enumerate(zip(tables.chains, tables.takes, strict=True)):
-            taken_before = sum(take.numel() for take in takes[:row])
             entries_before = row * self.codebook_size * self.dim
             part = chain if are_apart else 0
-            plan.append([part, chain * self.dim, entries_before, first, take_Cw.shape[1], taken_before])
+            plan.append([part, chain * self.dim, entries_before, first, take_Cw.shape[1], begins[row]])
         self.plan_K6 = torch.tensor(plan, device=self.entries_KCd.device)
 
 

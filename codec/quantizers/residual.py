@@ -183,21 +183,17 @@ class ResidualVQ(Quantizer):
         batch_size, num_dims, num_frames = latents.shape
         groups, num_codebooks = self.config.num_groups, len(self.codebook_sizes)
         rows_ND = latents.float().transpose(1, 2).reshape(-1, num_dims)
+        present_BKF = self.present(latents, mask, num_quantizers)
         if isinstance(num_quantizers, Tensor):
-            given = num_quantizers.tolist()
-            if not set(given) <= set(self.valid_num_quantizers):
-                raise ValueError(f"num_quantizers={given}: each must be one of {self.valid_num_quantizers}")
-            num_rows, per_item = max(given), num_quantizers.to(latents.device)
+            num_rows = int(num_quantizers.max())
         else:
             num_rows = self.check_num_quantizers(num_quantizers)
-            per_item = torch.full((batch_size,), num_rows, device=latents.device)
         if self.config.uses_plans and _is_distributed():  # the other processes wait for this one in each row they have
-            longest = per_item.new_tensor(num_rows)
+            longest = torch.tensor(num_rows, device=latents.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
             num_rows = int(longest)
-        present_NK = torch.arange(num_rows, device=latents.device) < per_item.repeat_interleave(num_frames)[:, None]
+        present_NK = present_BKF[:, :num_rows].transpose(1, 2).reshape(-1, num_rows)
         if mask is not None:
-            present_NK = present_NK & mask.reshape(-1, 1)
             rows_ND = torch.where(mask.reshape(-1, 1), rows_ND, 0.0)  # what stands elsewhere must not spread, be it NaN
         if self.config.assignment == "balanced":
             codes_NK = self._balanced_codes(rows_ND, present_NK)
