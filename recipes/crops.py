@@ -32,6 +32,11 @@ class Place:
     recording: Recording
     first_sample: int
 
+    @property
+    def first_second(self) -> float:
+        """Where the crop begins, in seconds from the beginning of the recording."""
+        return self.first_sample / self.recording.sample_rate_hz
+
     def __str__(self) -> str:
         return f"{self.recording.path} of {self.source} from sample {self.first_sample}"
 
@@ -145,8 +150,8 @@ class Pool:
         return (audio[:, direct:] / max(float(loudest[direct]), 1e-6)).astype(np.float32)
 
 
-class Crops(Dataset[tuple[Tensor, int]]):
-    """Item i is (float32 tensor [C, crop_samples], i), drawn from `pool` by (seed, i). There is no end to the items.
+class Crops(Dataset[tuple[Tensor, int, Place]]):
+    """Item i is (float32 tensor [C, crop_samples], i, its place), drawn from `pool` by (seed, i), without end.
 
     A crop whose RMS is below `min_rms_db` is drawn again, up to three times, so that long silences are seen but do not
     fill the batches. What `augmentation` draws is drawn apart: the crops are the same with and without it.
@@ -167,16 +172,11 @@ class Crops(Dataset[tuple[Tensor, int]]):
         self.augmentation = augmentation
         self.min_rms = 10.0 ** (min_rms_db / 20.0)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+    def __getitem__(self, item: int) -> tuple[Tensor, int, Place]:
         rng = np.random.default_rng((self.seed, item, 1))
         response = self.augmentation.draw_room(rng)
-        crop, _ = self._draw(item, response.shape[1] - 1)
-        return torch.from_numpy(np.ascontiguousarray(self.augmentation(crop, response, rng))), item
-
-    def place(self, item: int) -> Place:
-        """Where an item comes from. It is drawn again, since a recording that breaks gives way to another."""
-        response = self.augmentation.draw_room(np.random.default_rng((self.seed, item, 1)))
-        return self._draw(item, response.shape[1] - 1)[1]
+        crop, place = self._draw(item, response.shape[1] - 1)
+        return torch.from_numpy(np.ascontiguousarray(self.augmentation(crop, response, rng))), item, place
 
     def _draw(self, item: int, num_before: int) -> tuple[np.ndarray, Place]:
         rng = np.random.default_rng((self.seed, item))

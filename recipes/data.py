@@ -1,7 +1,6 @@
 """What training and validation hear: batches of crops, in an order that follows from (seed, step, rank) alone.
 
-    train_dataloader(), val_dataloader() -> batches `Batch(audio, items)`
-    SpeechData.describe(item) -> "the file of an item, and its first sample"
+    train_dataloader(), val_dataloader() -> batches `Batch(audio, items, places)`
 
 Any number of workers, a run that was interrupted, and two processes with half the batch each see the same items.
 """
@@ -24,17 +23,18 @@ from torch.utils.data import DataLoader, Sampler
 
 from recipes.augment import Augmentation, AugmentConfig
 from recipes.corpora import Corpus, PackedCorpus, open_corpus
-from recipes.crops import Crops, Pool
+from recipes.crops import Crops, Place, Pool
 from recipes.recordings import Skipped
 
 _SHOWN = 10  # skipped recordings that a warning names
 
 
 class Batch(NamedTuple):
-    """Crops and their numbers; `SpeechData.describe` tells where a number comes from."""
+    """Crops, their numbers, and where they come from."""
 
     audio: Tensor  # float32 [B, C, T]
     items: Tensor  # int64 [B]
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class SpeechData(pl.LightningDataModule):
         self._dev = self._crops(dev, settings.dev_crop_samples, seed=0, augmentation=level_only)
         self._train = self._crops(train, settings.crop_samples, seed=self.seed, augmentation=augmentation)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int, Place]]:
         """Batches of the next epoch."""
         trainer, settings = self.trainer, self.settings
         assert trainer is not None
@@ -242,22 +242,22 @@ class SpeechData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int, Place]]:
         """The same crops in every process and every time, their level set but not augmented."""
         self.setup()
         assert self._dev is not None
         settings = self.settings
         return DataLoader(self._dev, settings.batch_size, sampler=range(settings.num_dev_items), collate_fn=collate)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning's hook; by itself it would try to rebuild the places."""
+        return Batch(batch.audio.to(device), batch.items.to(device), batch.places)
+
     def crops(self) -> Crops:
         """All training items; which of them a step has is for the loader."""
         self.setup()
         assert self._train is not None
         return self._train
-
-    def describe(self, item: int) -> str:
-        """Where a training item comes from: its file, and its first sample at that file's rate."""
-        return str(self.crops().place(item))
 
     def _pool(self, split: str) -> Pool:
         weights = self.settings.corpus_weights if split == "train" else None
@@ -316,6 +316,7 @@ class SpeechData(pl.LightningDataModule):
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
+def collate(items: Sequence[tuple[Tensor, int, Place]]) -> Batch:
     """One batch of numbered crops."""
-    return Batch(torch.stack([audio for audio, _ in items]), torch.tensor([item for _, item in items]))
+    audio, numbers, places = zip(*items, strict=True)
+    return Batch(torch.stack(audio), torch.tensor(numbers), places)

@@ -1,4 +1,4 @@
-"""The LightningModule that trains a codec: reconstruction, quantizer and, if there is one, an adversary."""
+"""The LightningModule that trains a codec: reconstruction, quantizer and, if there are any, adversary and teachers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from recipes.adversary import Adversary, Heard
 from recipes.averaging import WeightAverage
 from recipes.balancer import Balancer
 from recipes.data import Batch
+from recipes.distillation import Distillation, Students
 from recipes.distributed import any_process, average_gradients, rank_and_size
 from recipes.losses import ReconstructionLoss, si_sdr_db
 from recipes.optimizers import build_optimizer, gradient_norms, schedule_factor
@@ -57,6 +58,14 @@ class CodecTraining(pl.LightningModule):
             codec.quantizer, settings.quantization, seed=settings.seed, is_trained=settings.init_from is not None
         )
         self.average = WeightAverage(decay=settings.average.decay) if settings.average else None
+        self.distillation: Distillation | None = None
+        if settings.distillation:
+            self.distillation = Distillation(
+                settings.distillation,
+                codec.quantizer,
+                codec.config.quantizer.latent_dim,
+                frame_rate_hz=codec.sample_rate_hz / codec.hop_length,
+            )
         self._check_weights()
         self.balancer = self._new_balancer()
         self._is_logging = False
@@ -74,18 +83,24 @@ class CodecTraining(pl.LightningModule):
         self._is_logging = (step + 1) % self.settings.log_every_n_steps == 0
         draws = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         quantized: Quantized | None = None
+        students: Students | None = None
 
         def quantize(latents: Tensor) -> Tensor:
-            nonlocal quantized
-            latents, quantized = self.quantization(latents, step, draws)
-            return latents
+            nonlocal quantized, students
+            passed, quantized = self.quantization(latents, step, draws)
+            students = Students(self.codec.quantizer, latents, quantized)
+            return passed
 
         estimate = self.codec.reconstruct(audio, quantize).float()
         heard_losses = self.reconstruction(estimate, audio)
         inner_losses = {} if quantized is None else dict(quantized.losses)
+        logged: dict[str, Any] = {}
+        if self.distillation is not None and students is not None:
+            distilled = self.distillation(batch, students, step=step, sample_rate_hz=self.codec.sample_rate_hz)
+            inner_losses |= distilled.losses
+            logged |= distilled.logged
         with self._naming(batch, estimate):
             self._check_finite(heard_losses | inner_losses)
-            logged: dict[str, Any] = {}
             if self.adversary is not None and step >= self.adversary.settings.start_step:
                 heard = self.adversary.listen(audio, estimate, step, draws)
                 if self.adversary.learns_in(step):
@@ -155,7 +170,10 @@ class CodecTraining(pl.LightningModule):
         return norms
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [build_optimizer(self.settings.optimizer, self.codec, "optimizer")]
+        learning: torch.nn.Module = self.codec
+        if self.distillation is not None:
+            learning = torch.nn.ModuleList([self.codec, self.distillation])
+        optimizers = [build_optimizer(self.settings.optimizer, learning, "optimizer")]
         if self.adversary is not None:
             own = self.adversary.settings.optimizer
             optimizers.append(build_optimizer(own, self.adversary, "adversary.optimizer"))
@@ -236,7 +254,8 @@ class CodecTraining(pl.LightningModule):
     @property
     def _weights(self) -> dict[str, float]:
         adversarial = self.adversary.settings.weights if self.adversary is not None else {}
-        return self.settings.loss.weights | adversarial
+        distilled = self.distillation.weights_in(self.global_step) if self.distillation is not None else {}
+        return self.settings.loss.weights | adversarial | distilled
 
     def _check_weights(self) -> None:
         """Every loss has a weight and every weight a loss, and validation asks for what there is."""
@@ -274,10 +293,9 @@ class CodecTraining(pl.LightningModule):
             yield
         except NonFiniteError as error:
             is_bad = ~torch.isfinite(batch.audio + estimate.detach()).flatten(1).all(1)
-            items = batch.items[is_bad if is_bad.any() else torch.ones_like(is_bad)].tolist()
-            data = getattr(self.trainer, "datamodule", None)
-            named = [data.describe(item) if data is not None else f"item {item}" for item in items[:_MOST_NAMED_ITEMS]]
-            rest = f" and {len(items) - len(named)} more" if len(items) > len(named) else ""
+            bad = is_bad.nonzero()[:, 0].tolist() or range(len(batch.places))
+            named = [str(batch.places[number]) for number in bad[:_MOST_NAMED_ITEMS]]
+            rest = f" and {len(bad) - len(named)} more" if len(bad) > len(named) else ""
             raise NonFiniteError(
                 f"{error} is not finite in step {self.global_step}, from {', '.join(named)}{rest}"
             ) from error

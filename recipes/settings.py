@@ -180,6 +180,35 @@ class AdversarySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What some stages of the quantizer learn from a teacher; see `recipes.distillation`.
+
+    `teacher`, `loss` and `alignment` are mappings with a "type"; `alignment` is for teachers that speak of words.
+    `stages` learn each by itself, counted from 0; null: their sum. The loss counts with `weight` from `start_step`, to
+    which it rises over `ramp_steps`, until before `stop_step` (null: to the end).
+    """
+
+    teacher: Any
+    weight: float
+    loss: Any = field(default_factory=lambda: {"type": "cosine_over_time"})
+    stages: tuple[int, ...] | None = (0,)
+    alignment: Any = None
+    start_step: int = 0
+    ramp_steps: int = 0
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight < 0.0:
+            raise ValueError(f"weight must not be negative, got {self.weight}")
+        if self.stages is not None and (not self.stages or len(set(self.stages)) < len(self.stages)):
+            raise ValueError(f"stages must be different numbers, or null for their sum, got {list(self.stages)}")
+        if min(self.start_step, self.ramp_steps) < 0:
+            raise ValueError("start_step and ramp_steps must not be negative")
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ValueError(f"stop_step={self.stop_step} is not after start_step={self.start_step}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AverageSettings:
     """A moving average of the weights, which validation and export use; see `recipes.averaging`."""
 
@@ -212,6 +241,7 @@ class Settings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     model: Any = None
     adversary: AdversarySettings | None = None
+    distillation: dict[str, ObjectiveSettings] | None = None
     average: AverageSettings | None = None
     weight_norm: bool | None = None
     seed: int = 0

@@ -104,6 +104,8 @@ def train(config: DictConfig) -> CodecTraining:
         output_dir=output_dir,
     )
     data.setup()
+    if module.distillation is not None:
+        module.distillation.check(data)
     has_progress_bar = trainer_settings.pop("enable_progress_bar", None)
     callbacks: list[pl.Callback] = [
         DevExamples(settings.validation.num_examples),

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from codec.audio import AudioError, resample
 from codec.testing import speech_like
 from recipes.augment import Augmentation, AugmentConfig
-from recipes.corpora import open_corpus
+from recipes.corpora import PackedCorpus, open_corpus
 from recipes.crops import Crops, Pool
 from recipes.data import Batch, DataSettings, RunSampler, SourceSettings, SpeechData, parse_data
 from recipes.packing import pack_audio, write_shards
@@ -89,7 +89,7 @@ def test_crops_depend_on_seed_and_number_alone(folder: Path, packed: Path) -> No
             assert torch.equal(one[item][0], two[item][0])
             assert one[item][1] == item
         assert not torch.equal(one[5][0], one[0][0])
-        assert any(one.place(i) != other.place(i) for i in range(5))
+        assert any(one[i][2] != other[i][2] for i in range(5))
         assert one[0][0].shape == (1, 2000)
         assert one[0][0].dtype == torch.float32
         assert all(float(one[i][0].abs().max()) <= 1.0 for i in range(20))
@@ -98,7 +98,7 @@ def test_crops_depend_on_seed_and_number_alone(folder: Path, packed: Path) -> No
 def test_augmentation_changes_what_is_heard_and_not_which_crop_it_is(folder: Path) -> None:
     pool = _pool(folder)
     plain, louder = _crops(pool), _crops(pool, gain_db=(-3.0, -2.0), reverb_probability=0.5)
-    assert [plain.place(i) for i in range(8)] == [louder.place(i) for i in range(8)]
+    assert [plain[i][2] for i in range(8)] == [louder[i][2] for i in range(8)]
     assert all(not torch.equal(plain[i][0], louder[i][0]) for i in range(8))
 
 
@@ -107,7 +107,7 @@ def test_places_tell_the_file_and_the_sample_there(folder: Path) -> None:
     crops = _crops(pool, crop_samples=500)
     seen = set()
     for item in range(30):
-        place = crops.place(item)
+        place = crops[item][2]
         seen.add(place.recording.path)
         whole, rate_hz = soundfile.read(folder / place.recording.path, dtype="float32", always_2d=True)
         assert str(place) == f"{place.recording.path} of {folder} from sample {place.first_sample}"
@@ -218,7 +218,7 @@ def test_a_file_that_breaks_is_warned_about_and_replaced_by_the_next_draw(tmp_pa
     for index in range(4):
         soundfile.write(tmp_path / f"{index}.wav", speech_like(4000, seed=index), 16000)
     crops = _crops(_pool(tmp_path), crop_samples=500)
-    before = {item: (crops[item][0], crops.place(item).recording.path) for item in range(40)}
+    before = {item: (crops[item][0], crops[item][2].recording.path) for item in range(40)}
     (tmp_path / "2.wav").unlink()
     with pytest.warns(RuntimeWarning, match=r"^2\.wav: no such file; another recording takes its place$") as caught:
         after = {item: crops[item][0] for item in range(40)}
@@ -228,7 +228,7 @@ def test_a_file_that_breaks_is_warned_about_and_replaced_by_the_next_draw(tmp_pa
     for item, (audio, _) in before.items():
         assert torch.equal(after[item], audio) == (item not in replaced)
         assert torch.equal(crops[item][0], after[item])
-        assert crops.place(item).recording.path != "2.wav"
+        assert crops[item][2].recording.path != "2.wav"
     for index in (0, 1, 3):
         (tmp_path / f"{index}.wav").unlink()
     with warnings.catch_warnings():
@@ -354,10 +354,14 @@ def test_validation_hears_the_same_crops_whatever_the_seed_and_their_level_alone
     assert float(quiet.abs().max()) < 0.1
 
 
-def test_items_can_be_described(packed: Path) -> None:
-    data = _data(packed)
-    assert data.describe(11) == str(_crops(_pool(packed), crop_samples=1000, seed=7).place(11))
-    assert f"of {packed} from sample" in data.describe(11)
+def test_batches_tell_where_their_crops_come_from(packed: Path) -> None:
+    data, corpus = _data(packed), PackedCorpus(packed)
+    batch = next(iter(data.val_dataloader()))
+    for audio, place in zip(batch.audio, batch.places, strict=True):
+        assert f"of {packed} from sample {place.first_sample}" in str(place)
+        assert place.first_second == place.first_sample / place.recording.sample_rate_hz
+        number = corpus.recordings.index(place.recording)
+        assert np.array_equal(corpus.read(number, place.first_sample, audio.shape[1]), audio.numpy())
 
 
 # Settings, and what is wrong with them
@@ -370,8 +374,7 @@ def test_several_sources_have_weights_and_splits(packed: Path, tmp_path: Path) -
     sources = [{"source": str(packed), "weight": 0.0}, {"source": str(manifest), "split": "other"}]
     data = _data(None, packed, train=sources)
     batches = _batches(data)
-    items = [int(item) for batch in batches for item in batch.items]
-    assert {data.describe(item).split()[0] for item in items} == {"new.wav"}
+    assert {place.recording.path for batch in batches for place in batch.places} == {"new.wav"}
     with pytest.raises(ValueError, match=r"data\.train: .* has no rows of split 'train'"):
         _data(manifest, packed).setup()
 
