@@ -247,8 +247,15 @@ def evaluate(
     ] = None,
     scorer: Annotated[
         list[str] | None,
-        typer.Option("--scorer", help="wer=FOLDER, speaker=FOLDER or module:Class[=ARGUMENT]; again for more."),
+        typer.Option(
+            "--scorer", help="pocketsphinx, wer=FOLDER, speaker=FOLDER or module:Class[=ARGUMENT]; again for more."
+        ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="DIR", help="TextGrid or CTM files: what do codes tell of phones?"),
+    ] = None,
+    tier: Annotated[str | None, typer.Option("--tier", help="Of TextGrids. Default: phones, or the only one.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Rows of the manifest to take. Default: all.")] = None,
     max_files: Annotated[
         int | None, typer.Option("--max-files", min=1, help="Take so many recordings, evenly spread.")
@@ -264,8 +271,9 @@ def evaluate(
 ) -> None:
     """Measure models, and Opus, Codec2 and Speex where they are installed, on the same recordings.
 
-    Quality, bit rate, use of codebooks, delay, speed and memory: as tables, as JSON, and as a page to look at and
-    listen to. A file that cannot be read is left out, told at the end, and makes the exit status 1.
+    Quality, bit rate, use of codebooks, delay, speed and memory, and with --labels what codes tell of phones: as
+    tables, as JSON, and as a page to look at and listen to. A file that cannot be read is left out, told at the end,
+    and makes the exit status 1.
     """
     with _one_line_errors():
         from codec.evaluation import UsageError
@@ -279,8 +287,8 @@ def evaluate(
             evaluation = evaluate_codecs(
                 models or [], data=data, split=split, max_files=max_files, num_quantizers=num_quantizers or [],
                 opus_kbps=opus or [], codec2_bps=codec2 or [], speex_kbps=speex or [], metrics=metric or None,
-                scorers=scorer or [], measures_speed=speed, num_examples=0 if out is None else examples,
-                num_processes=jobs or _num_cores(),
+                scorers=scorer or [], labels=labels, tier=tier, measures_speed=speed,
+                num_examples=0 if out is None else examples, num_processes=jobs or _num_cores(),
             )  # fmt: skip
         except UsageError as error:
             raise typer.BadParameter(str(error)) from error
@@ -352,20 +360,25 @@ def import_checkpoint(
     source: Annotated[str, typer.Argument(metavar="SOURCE")],
     target: Annotated[str, typer.Argument(metavar="OUT")],
     kind: Annotated[
-        str | None, typer.Option("--kind", help="encodec, dac or hificodec. Default: told by what is in it.")
+        str | None,
+        typer.Option(
+            "--kind", help="encodec, dac, hificodec or speechtokenizer (DM-Codec too). Default: told by what is in it."
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="What files will call the model. Default: the name of OUT, @1.")
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickles (.th, .pth, .bin) too, weights only.")
+        bool, typer.Option("--allow-pickle", help="Read pickles (.pt, .th, .pth, .bin) too, weights only.")
     ] = False,
     sample_rate_hz: Annotated[
         int | None, typer.Option("--sample-rate-hz", min=1, help="Of a model that does not say: HiFi-Codec's.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the model that OUT holds.")] = False,
 ) -> None:
-    """Turn a checkpoint of EnCodec, DAC or HiFi-Codec into a model, for --model and codec.load.
+    """Turn a checkpoint of another project into a model, for --model and codec.load.
+
+    Known are EnCodec, DAC, HiFi-Codec, SpeechTokenizer and DM-Codec.
 
     SOURCE is a file of weights, or a folder with a config.json. OUT becomes a folder.
     """

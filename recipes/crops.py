@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,11 @@ class Pool:
         self.longest_samples = max(entry[3] for entry in chosen)  # at the pool's rate
         self._told: set[str] = set()
 
+    def recordings(self) -> Iterator[tuple[str, Recording]]:
+        """All that can be drawn, each with the name of its source."""
+        for corpus, index in zip(self._corpus, self._index, strict=True):
+            yield str(self._corpora[corpus].source), self._corpora[corpus].recordings[index]
+
     def draw(self, rng: np.random.Generator, num_samples: int, num_before: int = 0) -> tuple[np.ndarray, Place]:
         """A random stretch as float32 [C, num_before + num_samples]; zeros stand for what a recording lacks.
 
@@ -103,7 +108,14 @@ class Pool:
             slack = self._length(recording) - num_samples
             first = int(rng.integers(slack + 1)) if slack > 0 else 0
             try:
-                audio = self._read(corpus, index, first - num_before, first + num_samples)
+                audio = read_stretch(
+                    corpus,
+                    index,
+                    first - num_before,
+                    first + num_samples,
+                    sample_rate_hz=self.sample_rate_hz,
+                    num_channels=self.num_channels,
+                )
             except AudioError as error:
                 last = error
                 if recording.path not in self._told:
@@ -116,24 +128,6 @@ class Pool:
 
     def _length(self, recording: Recording) -> int:
         return resampled_length(recording.num_samples, recording.sample_rate_hz, self.sample_rate_hz)
-
-    def _read(self, corpus: Corpus, index: int, start: int, stop: int) -> np.ndarray:
-        """Samples start..stop of a recording at the pool's rate and with its channels; it may not reach that far."""
-        recording = corpus.recordings[index]
-        first, last = max(0, start), min(stop, self._length(recording))
-        from_hz, to_hz = recording.sample_rate_hz, self.sample_rate_hz
-        if from_hz == to_hz:
-            audio = corpus.read(index, first, last - first)
-        else:
-            # Both rates have a sample at every `up`-th of the new ones: only there can resampling begin anew.
-            up, down = to_hz // math.gcd(from_hz, to_hz), from_hz // math.gcd(from_hz, to_hz)
-            context = math.ceil(_RESAMPLING_CONTEXT * to_hz / min(from_hz, to_hz))
-            begin = max(0, first - context) // up
-            end = min(recording.num_samples, -(-(last + context) * from_hz // to_hz))
-            audio = resample(corpus.read(index, begin * down, end - begin * down), from_hz, to_hz)
-            audio = audio[:, first - begin * up :][:, : last - first]
-        audio = to_channels(audio, self.num_channels)
-        return fit_length(np.pad(audio, ((0, 0), (first - start, 0))), stop - start)
 
     def draw_loop(self, rng: np.random.Generator, num_samples: int) -> np.ndarray:
         """As `draw`; a recording that is too short is repeated. For noise."""
@@ -148,6 +142,30 @@ class Pool:
         loudest = np.abs(audio).max(axis=0)
         direct = int(loudest.argmax())
         return (audio[:, direct:] / max(float(loudest[direct]), 1e-6)).astype(np.float32)
+
+
+def read_stretch(
+    corpus: Corpus, index: int, start: int, stop: int, *, sample_rate_hz: int, num_channels: int
+) -> np.ndarray:
+    """Samples start..stop of a recording at another rate and with other channels, zeros where it does not reach.
+
+    The same to -128 dB wherever a stretch begins. AudioError as `Corpus.read`.
+    """
+    recording = corpus.recordings[index]
+    from_hz, to_hz = recording.sample_rate_hz, sample_rate_hz
+    first, last = max(0, start), min(stop, resampled_length(recording.num_samples, from_hz, to_hz))
+    if from_hz == to_hz:
+        audio = corpus.read(index, first, last - first)
+    else:
+        # Both rates have a sample at every `up`-th of the new ones: only there can resampling begin anew.
+        up, down = to_hz // math.gcd(from_hz, to_hz), from_hz // math.gcd(from_hz, to_hz)
+        context = math.ceil(_RESAMPLING_CONTEXT * to_hz / min(from_hz, to_hz))
+        begin = max(0, first - context) // up
+        end = min(recording.num_samples, -(-(last + context) * from_hz // to_hz))
+        audio = resample(corpus.read(index, begin * down, end - begin * down), from_hz, to_hz)
+        audio = audio[:, first - begin * up :][:, : last - first]
+    audio = to_channels(audio, num_channels)
+    return fit_length(np.pad(audio, ((0, 0), (first - start, 0))), stop - start)
 
 
 class Crops(Dataset[tuple[Tensor, int, Place]]):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from recipes.augment import Augmentation, AugmentConfig
 from recipes.corpora import Corpus, PackedCorpus, open_corpus
 from recipes.crops import Crops, Place, Pool
-from recipes.recordings import Skipped
+from recipes.recordings import Recording, Skipped
 
 _SHOWN = 10  # skipped recordings that a warning names
 
@@ -258,6 +258,14 @@ class SpeechData(pl.LightningDataModule):
         self.setup()
         assert self._train is not None
         return self._train
+
+    def recordings(self) -> Iterator[tuple[str, Recording]]:
+        """All that training and validation can draw, each with the name of its source."""
+        self.setup()
+        assert self._train is not None
+        assert self._dev is not None
+        for crops in (self._train, self._dev):
+            yield from crops.pool.recordings()
 
     def _pool(self, split: str) -> Pool:
         weights = self.settings.corpus_weights if split == "train" else None

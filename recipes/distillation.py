@@ -33,6 +33,8 @@ from torch import Tensor, nn
 
 from codec.config import build, from_dict
 from codec.quantizers.interface import Quantized, Quantizer
+from recipes import speech_teacher as _speech_teacher  # noqa: F401  (registers its configuration)
+from recipes import text_teacher as _text_teacher  # noqa: F401  (registers its configuration)
 from recipes.alignments import Alignment, AlignmentConfig
 from recipes.data import Batch, SpeechData
 from recipes.distillation_losses import DistillationLoss, DistillationLossConfig, frame_cosines
@@ -55,7 +57,7 @@ class FrameTeacher(Protocol):
 
 
 @runtime_checkable
-class TextTeacher(Protocol):
+class PieceTeacher(Protocol):
     """A teacher that says something of every word piece; an alignment brings it to frames."""
 
     feature_dim: int
@@ -85,8 +87,8 @@ class Objective(nn.Module):
         self.settings = settings
         self.loss: DistillationLoss = _built(settings.loss, DistillationLossConfig, f"{path}.loss")
         # Not a submodule: its weights are neither trained nor saved.
-        self._teacher = (build(from_dict(settings.teacher, f"{path}.teacher")),)
-        is_text = isinstance(self.teacher, TextTeacher)
+        self._teacher = (_built(settings.teacher, object, f"{path}.teacher"),)
+        is_text = isinstance(self.teacher, PieceTeacher)
         if not (is_text or isinstance(self.teacher, FrameTeacher)):
             raise ValueError(f"{path}.teacher.type: {settings.teacher['type']!r} is no teacher")
         if is_text and settings.alignment is None:
@@ -126,6 +128,8 @@ class Objective(nn.Module):
         targets = self._targets(batch, frames, sample_rate_hz=sample_rate_hz, frame_rate_hz=frame_rate_hz)
         values, mask = targets.values, targets.mask
         if self.layer_logits is not None:
+            # What has no target must not reach the gradient of the weights, be it NaN.
+            values = torch.where(mask[:, :, None, None], values, 0.0)
             values = torch.einsum("bfld,l->bfd", values, self.layer_logits.softmax(0))
         losses, cosines = [], []
         for head, stage in zip(self.heads, self.stages or (None,), strict=True):
@@ -183,6 +187,9 @@ class Distillation(nn.Module):
         self, settings: dict[str, ObjectiveSettings], quantizer: Quantizer, latent_dim: int, *, frame_rate_hz: float
     ) -> None:
         super().__init__()
+        for name in settings:
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"distillation.{name}: {name!r} cannot be the name of an objective")
         self.objectives = nn.ModuleDict(
             {name: Objective(name, objective, quantizer, latent_dim) for name, objective in settings.items()}
         )
@@ -226,4 +233,7 @@ def _built(values: Any, config_class: type, path: str, *context: Any) -> Any:
     config = from_dict(values, path)
     if not isinstance(config, config_class):
         raise ValueError(f"{path}.type: {values['type']!r} does not fit here")
-    return build(config, *context)
+    try:
+        return build(config, *context)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

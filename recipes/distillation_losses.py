@@ -127,7 +127,8 @@ class Contrastive(DistillationLoss):
             chosen = torch.linspace(0, len(ours_ND) - 1, self.config.max_frames, device=ours_ND.device).round().long()
             ours_ND, wanted_ND = ours_ND[chosen], wanted_ND[chosen]
         if len(ours_ND) < 2:
-            return (_masked(estimate, mask) * 0.0).sum()
+            # Not a constant: whatever learns has a gradient of zeros, as it has in other processes.
+            return 0.0 * (_masked(estimate, mask).sum() + _masked(targets, mask).sum())
         wanted_ND = F.normalize(wanted_ND, dim=1)
         logits_NN = F.normalize(ours_ND, dim=1) @ wanted_ND.t() / self.config.temperature
         is_own = torch.eye(len(ours_ND), dtype=torch.bool, device=ours_ND.device)

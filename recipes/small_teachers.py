@@ -14,8 +14,10 @@ import json
 import math
 import re
 import shutil
+import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,13 @@ class TeacherSettings:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.lr <= 0.0 or self.warmup_steps < 0:
             raise ValueError("lr must be positive and warmup_steps not negative")
-        if self.width % 4:
-            raise ValueError(f"width={self.width} is not a multiple of the 4 heads")
+        if self.width % 8:  # each of 4 heads turns its dims by pairs
+            raise ValueError(f"width={self.width} is not a multiple of 8")
 
 
 def spoken_text(text: str) -> str | None:
     """A transcript in `LETTERS` and single spaces; None where it has none, or digits, or letters beyond these."""
-    lowered = text.lower().replace("\u2019", "'")
+    lowered = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
     cleaned = " ".join(re.sub(r"[^\w' ]+|_", " ", lowered).split())
     return cleaned if cleaned.strip("' ") and set(cleaned) <= {*LETTERS, " "} else None
 
@@ -140,7 +142,7 @@ def train_speech_teacher(
     batches = _Batches(_by_seconds(seconds, settings.batch_size), settings.seed)
     labels = [[vocabulary[letter] for letter in text.replace(" ", "|")] for _, text in spoken]
 
-    def load(chosen: Sequence[int]) -> dict[str, Tensor]:
+    def load(chosen: Sequence[int], seed: int) -> dict[str, Tensor]:
         mels = [prepared(spoken[i][0]) for i in chosen]
         return {
             "input_features": _padded([torch.from_numpy(m).float() for m in mels], 0.0),
@@ -148,7 +150,7 @@ def train_speech_teacher(
             "labels": _padded([torch.tensor(labels[i]) for i in chosen], -100),
         }
 
-    _fit(model, batches, load, settings, out)
+    _fit(model, batches, load, settings, out, corpora=corpora, split=split)
     model.save_pretrained(out)
     (out / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     tokenizer = Wav2Vec2CTCTokenizer(
@@ -169,12 +171,16 @@ def train_text_teacher(
 ) -> None:
     """Train on the transcripts of a source and write a folder `out` for `AutoModel`; otherwise as above."""
     from tokenizers import BertWordPieceTokenizer
+    from tokenizers.processors import BertProcessing
     from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
     texts = [text for _, text in transcripts(open_corpus(source, split=split), corpora)]
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(texts, vocab_size=vocabulary_size, min_frequency=2, show_progress=False)
+    # One that was just trained puts nothing around a text by itself.
+    ends = [(name, trained.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    trained._tokenizer.post_processor = BertProcessing(*ends)
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=512, **special)
     model = BertForMaskedLM(
@@ -189,13 +195,19 @@ def train_text_teacher(
     )
     masked = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
 
-    def load(chosen: Sequence[int]) -> dict[str, Tensor]:
+    def load(chosen: Sequence[int], seed: int) -> dict[str, Tensor]:
         encoded = [tokenizer(texts[i], truncation=True) for i in chosen]
-        return dict(masked(encoded))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for _ in range(100):  # of few words none may be hidden, and the loss would be 0 / 0
+                batch = dict(masked(encoded))
+                if (batch["labels"] >= 0).any():
+                    break
+        return batch
 
     lengths = [float(len(text)) for text in texts]
     batches = _Batches(_by_seconds(lengths, settings.batch_size * sum(lengths) / len(lengths)), settings.seed)
-    _fit(model, batches, load, settings, out)
+    _fit(model, batches, load, settings, out, corpora=corpora, split=split, vocabulary_size=vocabulary_size)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.rmtree(out / "checkpoints")
@@ -214,16 +226,16 @@ def _by_seconds(seconds: Sequence[float], wanted: float) -> list[list[int]]:
     return batches
 
 
-class _Batches(Dataset[list[int]]):
-    """The batch of a step, without end: every round over the data has its own order, by (seed, round)."""
+class _Batches(Dataset[tuple[int, list[int]]]):
+    """A step and its batch, without end: every round over the data has its own order, by (seed, round)."""
 
     def __init__(self, batches: Sequence[list[int]], seed: int) -> None:
         self._batches, self._seed = batches, seed
 
-    def __getitem__(self, step: int) -> list[int]:
+    def __getitem__(self, step: int) -> tuple[int, list[int]]:
         turn, place = divmod(step, len(self._batches))
         order = np.random.default_rng((self._seed, turn)).permutation(len(self._batches)).tolist()
-        return self._batches[order[place]]
+        return step, self._batches[order[place]]
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
@@ -234,7 +246,7 @@ def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
 
 
 class _Learning(pl.LightningModule):
-    """A model of `transformers` that computes its own loss."""
+    """A model of `transformers` that computes its own loss. Every draw depends on (seed, step) alone."""
 
     def __init__(self, model: torch.nn.Module, settings: TeacherSettings) -> None:
         super().__init__()
@@ -242,6 +254,9 @@ class _Learning(pl.LightningModule):
         self.settings = settings
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        seed = _seed(self.settings, self.global_step)
+        torch.manual_seed(seed)  # dropout
+        np.random.seed(seed % 2**32)  # which frames of speech are hidden
         loss: Tensor = self.model(**batch).loss
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is not finite in step {self.global_step}")
@@ -260,17 +275,30 @@ class _Learning(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def _seed(settings: TeacherSettings, step: int) -> int:
+    return settings.seed * 1_000_003 + step
+
+
 def _fit(
     model: torch.nn.Module,
     batches: _Batches,
-    load: Callable[[Sequence[int]], dict[str, Tensor]],
+    load: Callable[[Sequence[int], int], dict[str, Tensor]],
     settings: TeacherSettings,
     out: Path,
+    **choices: Any,
 ) -> None:
-    """Train from the last checkpoint in `out`, if there is one; the model is ready for use after it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Train from the last checkpoint in `out`, if there is one; the model is ready for use after it.
+
+    `load` makes a batch of items and a seed. `choices`: what else makes this run another one than that in `out`.
+    """
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _check_same_run(out, {"model": type(model).__name__, **asdict(settings), **choices})
     checkpoints = ModelCheckpoint(
-        out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=_SAVE_EVERY_N_STEPS
+        out / "checkpoints",
+        save_last=True,
+        save_top_k=0,
+        every_n_train_steps=_SAVE_EVERY_N_STEPS,
+        enable_version_counter=False,
     )
     trainer = pl.Trainer(
         max_steps=settings.max_steps,
@@ -288,10 +316,25 @@ def _fit(
         batches,
         batch_size=None,
         sampler=RunSampler(settings.max_steps, lambda: int(trainer.global_step)),
-        collate_fn=load,
+        collate_fn=lambda batch: load(batch[1], _seed(settings, batch[0])),
         num_workers=0,
     )
     last = out / "checkpoints" / "last.ckpt"
     learning = _Learning(model.train(), settings)
-    trainer.fit(learning, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # It is: the items of a step follow from its number.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        trainer.fit(learning, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     model.eval()
+
+
+def _check_same_run(out: Path, run: dict[str, Any]) -> None:
+    """ValueError where `out` holds a run of other settings that was interrupted; `max_steps` may differ."""
+    run = json.loads(json.dumps(run))
+    file = out / "checkpoints" / "run.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else run
+    changes = [name for name in run if name != "max_steps" and before.get(name) != run[name]]
+    if changes:
+        told = ", ".join(f"{name} was {before.get(name)}, now {run[name]}" for name in changes)
+        raise ValueError(f"{out} holds another run, which was interrupted: {told}")
+    file.write_text(json.dumps(run), encoding="utf-8")

@@ -10,6 +10,7 @@ import pytest
 import test_import_dac as dac
 import test_import_encodec as encodec
 import test_import_hificodec as hificodec
+import test_import_speechtokenizer as speechtokenizer
 import torch
 from commands import assert_wav, partial_files, refusal, run, snapshot, succeed, write_wav
 from safetensors.torch import save_file
@@ -46,6 +47,8 @@ def _checkpoint(kind: str, folder: Path) -> Path:
     elif kind == "dac":
         settings = dac._transformers_config(dac.TINY)
         tensors = dac._of_transformers(dac._original(dac._random_codec(dac.TINY), "folded"))
+    elif kind == "speechtokenizer":
+        settings, tensors = speechtokenizer.TINY, speechtokenizer._tensors(speechtokenizer.TINY)
     else:
         config = {"encodec": encodec.TINY, "encodec_stereo": encodec.TINY_STEREO}[kind]
         settings = encodec._transformers_config(config)
@@ -62,6 +65,10 @@ def _checkpoint(kind: str, folder: Path) -> Path:
         ("encodec_stereo", ["audio 2 channel(s) at 8000 Hz, 6 per frame", "streams no: it looks ahead"]),
         ("dac", ["audio 1 channel(s) at 8000 Hz, 10 per frame", "bitrate 3.2 to 12.8 kbps", "streams no: it looks"]),
         ("hificodec", ["audio 1 channel(s) at 16000 Hz, 2 per frame", "codes 2 to 4 rows", "bitrate 64 to 128 kbps"]),
+        (
+            "speechtokenizer",
+            ["audio 1 channel(s) at 16000 Hz, 6 per frame", "codes 1 to 4 rows", "streams no: it looks"],
+        ),
     ],
 )
 def test_a_checkpoint_becomes_a_model(folder: Path, kind: str, lines: list[str]) -> None:
@@ -161,7 +168,10 @@ def test_a_failure_leaves_what_was_there(folder: Path, monkeypatch: pytest.Monke
     [
         (["nothing.safetensors", "ours"], "nothing.safetensors is no file"),
         (["noise.safetensors", "ours"], "noise.safetensors cannot be read"),
-        (["other.safetensors", "ours"], "other.safetensors is no checkpoint that is known (encodec, dac, hificodec)"),
+        (
+            ["other.safetensors", "ours"],
+            "other.safetensors is no checkpoint that is known (encodec, dac, hificodec, speechtokenizer)",
+        ),
         ([".", "ours"], "config.json cannot be read"),
         (["encodec_source", "ours", "--kind", "mp3"], "kind='mp3' is not one of"),
         (["encodec_source", "ours", "--kind", "dac"], "does not describe a DAC model"),
@@ -204,6 +214,7 @@ def test_folders_are_told_by_their_settings(folder: Path, kind: str) -> None:
         ("encodec", "quantizer.layers.0.codebook.embed"),
         ("dac", "quantizer.quantizers.0.codebook.weight"),
         ("hificodec", "quantizer.quantizer_modules.0.embedding.weight"),
+        ("speechtokenizer", "encoder.model.13.lstm.weight_ih_l0_reverse"),
     ],
 )
 def test_files_are_told_by_their_tensors(tmp_path: Path, kind: str, name: str) -> None:

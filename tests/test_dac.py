@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from codec import config as codec_config
 from codec import token_format
-from codec.layers.conv import add_weight_norm, fold_weight_norm
-from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS, DACCodec, DACConfig, Snake
+from codec.layers.conv import Snake, add_weight_norm, fold_weight_norm
+from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS, DACCodec, DACConfig
 from codec.models.interface import AudioCodec
 from codec.pretrained import load, save
 from codec.quantizers.factorized import FactorizedVQConfig

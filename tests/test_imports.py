@@ -20,6 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "wav": set(),
     "audio": {"files", "wav"},
     "header": set(),
+    "speech_input": set(),
+    "features": {"speech_input"},
     "bitstream": {"entropy", "files", "header"},
     "token_format": {"bitstream", "entropy", "files"},
     "layers": {"kernels"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from runs import CONFIGS, LIGHTNING_WARNINGS, compose, tiny_run, write_recordings
+from teachers import compose_experiment
 from torch import Tensor
 
 import codec
@@ -44,7 +45,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _composed(experiment: str, name: str, *overrides: str) -> DictConfig:
     places = ("output_dir=x", "data.train_dir=x", "data.dev_dir=x")
-    return compose(f"experiment={experiment}", f"quantizer={name}", *places, *overrides)
+    return compose_experiment(experiment, f"quantizer={name}", *places, *overrides)
 
 
 def _small(name: str) -> list[str]:
@@ -130,7 +131,7 @@ def test_stereo_streams_through_convolutions_with_any_quantizer(name: str) -> No
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_another_quantizer(experiment: str) -> None:
     """One with other losses and a single valid number of rows, which no list of prefixes fits."""
-    own = parse(compose(f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
+    own = parse(compose_experiment(experiment, "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
     for name, losses, rows in (("gumbel_vq", {"diversity"}, (2,)), ("residual_fsq", set(), tuple(range(1, 9)))):
         settings = parse(_composed(experiment, name))
         model = from_dict(settings.model, "model")

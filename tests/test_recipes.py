@@ -8,10 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from runs import CONFIGS, LIGHTNING_WARNINGS, compose, tiny_run, write_recordings
+from teachers import compose_experiment, small_teachers
 
 import codec
 from codec.config import build, from_dict
 from codec.importers.encodec import ENCODEC_24KHZ, ENCODEC_48KHZ
+from codec.importers.speechtokenizer import SPEECHTOKENIZER_16KHZ
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ
 from codec.models.hificodec import HIFICODEC_16K_320D, HIFICODEC_24K_240D, HIFICODEC_24K_320D
 from codec.models.seanet import SOUNDSTREAM_16KHZ
@@ -35,6 +37,9 @@ PUBLISHED = {
     "dac_16k": DAC_16KHZ,
     "dac_24k": DAC_24KHZ,
     "dac_44k": DAC_44KHZ,
+    "speechtokenizer_16k": SPEECHTOKENIZER_16KHZ,
+    "dm_codec_lm_16k": SPEECHTOKENIZER_16KHZ,
+    "dm_codec_lm_sm_16k": SPEECHTOKENIZER_16KHZ,
 }
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
@@ -105,13 +110,14 @@ def test_one_batch_can_be_overfitted() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_to_settings_that_can_be(experiment: str) -> None:
-    settings = parse(compose(f"experiment={experiment}", "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
+    settings = parse(compose_experiment(experiment, "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))
     parse_data(settings.data)
     model = from_dict(settings.model, "model")
     if experiment in PUBLISHED:
         assert model == PUBLISHED[experiment]
         assert f"{experiment}_tiny" in EXPERIMENTS
-    assert (settings.adversary is None) == (experiment in {"speech_16k", "speech_16k_tiny"})
+    ours = {"speech_16k", "speech_16k_distilled"}
+    assert (settings.adversary is None) == (experiment.removesuffix("_tiny") in ours)
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.endswith("_tiny")])
@@ -121,9 +127,10 @@ def test_every_tiny_experiment_takes_steps(experiment: str, tmp_path: Path) -> N
     rate_hz, num_channels = model.sample_rate_hz, model.get("num_channels", 1)
     crop = 4 * shown.loss.terms[next(iter(shown.loss.terms))].get("window_samples", [2048])[-1] + 2048
     recordings = write_recordings(tmp_path / "audio", rate_hz=rate_hz, num_channels=num_channels)
+    teachers = small_teachers(tmp_path, recordings) if shown.get("distillation") else {}
     trained = train(
-        compose(
-            f"experiment={experiment}",
+        compose_experiment(
+            experiment,
             f"output_dir={tmp_path / 'run'}",
             f"data.train_dir={recordings}",
             f"data.dev_dir={recordings}",
@@ -132,6 +139,7 @@ def test_every_tiny_experiment_takes_steps(experiment: str, tmp_path: Path) -> N
             *("data.batch_size=2", "data.num_dev_items=1", "data.num_workers=0", "trainer.max_steps=1"),
             *("trainer.enable_progress_bar=false", "quantization.start_step=0", "validation.num_examples=0"),
             *(["adversary.start_step=0"] if shown.adversary else []),
+            **teachers,
         )
     )
     # A model that is trained on says more than one that is new: its quantizer is in use.

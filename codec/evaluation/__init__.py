@@ -13,10 +13,11 @@ from codec.evaluation.results import (
     Comparison,
     Evaluation,
     FileResult,
+    Semantics,
     Summary,
     SystemResult,
 )
-from codec.evaluation.scorers import Scorer, load_scorer
+from codec.evaluation.scorers import Recogniser, Scorer, load_scorer
 
 __all__ = [
     "METRICS",
@@ -25,7 +26,9 @@ __all__ = [
     "Evaluation",
     "FileResult",
     "Metric",
+    "Recogniser",
     "Scorer",
+    "Semantics",
     "Summary",
     "SystemResult",
     "UsageError",

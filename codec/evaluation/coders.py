@@ -81,6 +81,11 @@ class ModelCoder:
     version: str
     codebook_sizes: tuple[int, ...]
 
+    @property
+    def codec(self) -> Codec:
+        """The model, loaded once per process."""
+        return _loaded(self.source)
+
     def label(self, setting: int) -> str:
         """With its rows, unless it has no choice of them."""
         return f"{self.name} k={setting}"
@@ -90,7 +95,7 @@ class ModelCoder:
         import torch
 
         torch.set_num_threads(1)
-        codec = _loaded(self.source)
+        codec = self.codec
         at_rate = np.array(resample(audio[None], rate_hz, codec.sample_rate_hz), np.float32)
         batch = torch.from_numpy(at_rate).repeat(codec.num_channels, 1)[None]
         started = time.perf_counter()

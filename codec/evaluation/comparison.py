@@ -7,15 +7,16 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from codec.batch import Advance, in_processes, progress_bar
-from codec.evaluation.coders import Coder, UsageError, classic_coder, model_coders
+from codec.evaluation.coders import Coder, ModelCoder, UsageError, classic_coder, model_coders
 from codec.evaluation.delay import aligned, find_delay
 from codec.evaluation.environment import environment, peak_memory_mb
+from codec.evaluation.labelled import LabelledRecording, fitting_labels, label_facts, labels_for, semantics_of
 from codec.evaluation.metrics import METRICS, available_metrics, measure
 from codec.evaluation.recordings import Recording, find_recordings, spread
 from codec.evaluation.results import (
@@ -49,6 +50,8 @@ def evaluate(
     speex_kbps: Sequence[int] = (),
     metrics: Sequence[str] | None = None,
     scorers: Sequence[str | Scorer] = (),
+    labels: str | os.PathLike[str] | None = None,
+    tier: str | None = None,
     measures_speed: bool = True,
     num_examples: int = 0,
     num_processes: int = 1,
@@ -57,7 +60,8 @@ def evaluate(
 
     `models`: bundled names or folders; `num_quantizers`: their rows of codes, by default up to four choices. `data`,
     `split`, `max_files`: see `find_recordings`. `metrics`: names of `METRICS`, by default all whose packages are
-    installed. `scorers`: see `load_scorer`, or objects that can be pickled. Speed and memory take a fresh process for
+    installed. `scorers`: see `load_scorer`, or objects that can be pickled. `labels`, `tier`: see `find_labels`; what
+    the codes of models tell of them, see `semantics_of` (extra `semantics`). Speed and memory take a fresh process for
     each codec, alone on the machine as far as this function can help it. `num_examples`: how many recordings to keep,
     with what the codecs make of them, for reports.
 
@@ -67,22 +71,32 @@ def evaluate(
     recordings = find_recordings(data, split=split, max_files=max_files)
     names = _checked_metrics(metrics)
     loaded = [load_scorer(scorer) if isinstance(scorer, str) else scorer for scorer in scorers]
+    doubled = {scorer.name for scorer in loaded if [other.name for other in loaded].count(scorer.name) > 1}
+    if doubled:
+        raise UsageError(f"two scorers are called {min(doubled)!r}; measure them one by one")
     classics = (("opus", opus_kbps), ("codec2", codec2_bps), ("speex", speex_kbps))
     coders: list[Coder] = [classic_coder(kind, settings) for kind, settings in classics if settings]
     if not (models or coders):
         raise UsageError("there is no codec to measure: name a model, or rates of Opus, Codec2 or Speex")
+    labelled, unlabelled = labels_for(recordings, labels, tier, has_models=bool(models))
     coders = [*model_coders(models, num_quantizers), *coders]
     profiles = _profiles(coders, _excerpts(recordings), in_own_process=measures_speed)
-    task = _Task(tuple(coders), names, tuple(scorers), tuple(profile.delays for profile in profiles))
+    task = _Task(tuple(coders), names, tuple(scorers), tuple(profile.delays for profile in profiles), bool(labelled))
     measured = _measure_all(recordings, task, num_processes)
     failures = {r.name: m for r, m in zip(recordings, measured, strict=True) if isinstance(m, str)}
     good = [m for m in measured if not isinstance(m, str)]
     if not good:
         raise ValueError(next(iter(failures.values())))
     failures |= {f"{m.name}, scorer {scorer}": reason for m in good for scorer, reason in m.unscored.items()}
+    failures |= {f"{m.name}, labels": unlabelled[m.name] for m in good if m.name in unlabelled}
+    known, reasons = fitting_labels(labelled, recordings, {m.name: m.seconds for m in good})
+    failures |= reasons
     found = {name for m in good for file in m.files.values() if isinstance(file, FileResult) for name in file.values}
     extra = sorted(name for name in found - set(names) if not name.endswith(WEIGHT_SUFFIX))
     systems = _systems(coders, profiles, good, (*names, *extra))
+    if known:
+        systems, reasons = _with_semantics(systems, coders, good, known)
+        failures |= reasons
     examples = _examples(recordings, task, systems, names, num_examples) if num_examples else ()
     return Evaluation(
         systems=tuple(systems),
@@ -99,6 +113,9 @@ def evaluate(
             "data": Path(data).resolve().name,
             "split": split,
             "scorers": {scorer.name: scorer.version for scorer in loaded},
+            "labels": {"source": Path(labels).resolve().name, "tier": tier} | label_facts(known)
+            if labels is not None and known
+            else None,
             "num_processes": num_processes,
         }
         | environment(),
@@ -205,6 +222,7 @@ class _Task:
     metrics: tuple[str, ...]
     scorers: tuple[str | Scorer, ...]
     delays: tuple[dict[int, float], ...]  # seconds, for every coder and setting
+    keeps_codes: bool = False
 
 
 _Key = tuple[int, int | None]  # of a coder, and a setting; (-1, None) is the original
@@ -212,13 +230,14 @@ _Key = tuple[int, int | None]  # of a coder, and a setting; (-1, None) is the or
 
 @dataclass(frozen=True)
 class _Measured:
-    """A recording by every system, and how often its codes occurred, row by row, for every model."""
+    """A recording by every system, and of every model how often its codes occurred, row by row, or the codes, too."""
 
     name: str
     seconds: float
     files: dict[_Key, FileResult | str]
     counts: dict[int, list[np.ndarray]]
     unscored: dict[str, str]  # scorer -> why it could not judge some of it
+    codes: dict[int, np.ndarray]
 
 
 def _measure_all(recordings: list[Recording], task: _Task, num_processes: int) -> list[_Measured | str]:
@@ -267,7 +286,7 @@ def _measure(recording: Recording, advance: Advance, *, task: _Task) -> _Measure
             values,
         )
 
-    measured = _Measured(recording.name, len(audio) / rate_hz, {}, {}, {})
+    measured = _Measured(recording.name, len(audio) / rate_hz, {}, {}, {}, {})
     if scorers:
         measured.files[-1, None] = result(len(audio), scored(audio, audio), (None, None, None))
     for number, coder in enumerate(task.coders):
@@ -286,6 +305,8 @@ def _measure(recording: Recording, advance: Advance, *, task: _Task) -> _Measure
                 measured.counts[number] = [
                     np.bincount(row, minlength=size) for row, size in zip(coded.codes, sizes_of_rows, strict=False)
                 ]
+                if task.keeps_codes:
+                    measured.codes[number] = coded.codes
     return measured
 
 
@@ -345,6 +366,27 @@ def _codebook_use(number: int, setting: int | None, coder: Coder, measured: Sequ
     if not counts or setting != max(coder.settings):
         return None
     return CodebookUse.of_counts([np.sum(rows, axis=0) for rows in zip(*counts, strict=True)])
+
+
+def _with_semantics(
+    systems: Sequence[SystemResult],
+    coders: Sequence[Coder],
+    measured: Sequence[_Measured],
+    recordings: dict[str, LabelledRecording],
+) -> tuple[list[SystemResult], dict[str, str]]:
+    """The systems, models at their highest setting with what their codes tell of labels; and why some have no such."""
+    found = list(systems)
+    failures = {}
+    for number, coder in enumerate(coders):
+        codes = {m.name: m.codes[number] for m in measured if number in m.codes and m.name in recordings}
+        place = next((i for i, system in enumerate(systems) if system.name == coder.label(max(coder.settings))), None)
+        if place is None or not isinstance(coder, ModelCoder):
+            continue
+        try:
+            found[place] = replace(systems[place], semantics=semantics_of(coder.codec, codes, recordings))
+        except ValueError as error:
+            failures[f"labels, {coder.name}"] = _reason(error)
+    return found, failures
 
 
 def _examples(

@@ -25,6 +25,8 @@ from codec.evaluation.tables import (
     number,
     quality_table,
     remarks,
+    semantics_metrics,
+    semantics_table,
 )
 
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -38,6 +40,7 @@ def render(evaluation: Evaluation) -> str:
         ("results", "Results", _table(quality_table(evaluation)) + _details(median_table(evaluation))),
         ("costs", "Bits, speed, memory", _table(cost_table(evaluation))),
         ("differences", "File by file", _table(difference_table(evaluation))),
+        ("semantics", "What codes tell of labels", _table(semantics_table(evaluation))),
         ("codebooks", "Use of codebooks", _table(codebook_table(evaluation))),
         ("listen", "Listen", "".join(_example(example, evaluation) for example in evaluation.examples)),
         ("remarks", "Left out", _list(remarks(evaluation))),
@@ -170,6 +173,16 @@ def _method(evaluation: Evaluation) -> str:
             "the best; their first 8 s, 16-bit FLAC."
         )
     said |= {described(name).label: described(name).about for name in evaluation.metrics}
+    if labels := facts["labels"]:
+        said["Labels"] = (
+            f"{labels['source']}: {labels['num_segments']} segments with {labels['num_labels']} labels in "
+            f"{labels['num_files']} recordings; the most frequent label has {labels['most_frequent']:.1%} of the "
+            "labelled time. A frame has the label at its centre; silence has none. Intervals of single rows: 95 %, "
+            "jackknife over recordings. Probes are tested on "
+            f"{'speakers' if labels['is_by_speaker'] else 'recordings'} that they have not learned from, and have "
+            "bootstrap intervals; ABX has none."
+        )
+    said |= {metric.label: metric.about for metric in semantics_metrics(evaluation)}
     said |= {f"Scorer {name}": version for name, version in facts["scorers"].items()}
     versions = {system.coder: system.version for system in evaluation.systems if system.version}
     said["Codecs"] = "; ".join(f"{name}: {version}" for name, version in versions.items())

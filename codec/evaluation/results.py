@@ -68,11 +68,24 @@ class CodebookUse:
 
 
 @dataclass(frozen=True)
+class Semantics:
+    """What some rows of codes tell of the labels that recordings have, such as phones, over all files.
+
+    Of single rows: `purity`, `cluster_purity` and `pnmi`, with intervals by the jackknife over files. Of the quantized
+    latents of the first stage, and of all rows: `probe`, with a bootstrap interval, `abx_within` and `abx_across`.
+    """
+
+    rows: str  # "0", or "0 to 7"
+    values: Mapping[str, Summary]
+
+
+@dataclass(frozen=True)
 class SystemResult:
     """A codec at one setting. Rates are bits of all files over seconds of all files; None where there is no such thing.
 
     `packed_bps`: codes without any coding. `coded_bps`: what the coder makes of them (entropy-coded blocks, Opus
-    packets), without file format. `file_bps`: whole files. Speeds are of one thread, in times real time.
+    packets), without file format. `file_bps`: whole files. Speeds are of one thread, in times real time. `codebooks`
+    and `semantics` are told at a model's highest setting.
     """
 
     name: str
@@ -90,6 +103,7 @@ class SystemResult:
     files: tuple[FileResult, ...]
     failures: Mapping[str, str]  # file -> why the codec could not take it
     summaries: Mapping[str, Summary]
+    semantics: tuple[Semantics, ...] = ()
 
     @property
     def rate_bps(self) -> float | None:

@@ -1,20 +1,18 @@
 """Scorers: networks that judge decoded speech, such as recognisers and speaker verifiers. Anybody can add one.
 
-Two are here, `wer` and `speaker`, for models of `transformers` in local folders (extra `ssl`). Weights are read from
-safetensors only, so nothing is unpickled, and nothing is downloaded.
+Two are here. `wer` counts what a recogniser gets wrong: pocketsphinx (extra `semantics`), or any CTC model of
+`transformers` in a local folder. `speaker` is for such models, too (extra `ssl`). Weights are read from safetensors
+only, so nothing is unpickled, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -44,21 +42,47 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Recogniser(Protocol):
+    """Writes down what is said. Made once per process, from a string or nothing."""
+
+    name: str
+    version: str
+
+    def transcribe(self, audio: np.ndarray, rate_hz: int) -> str:
+        """What it hears in a signal float32 [T]; "" where that is nothing."""
+        ...
+
+
+class CTCRecogniser:
+    """A CTC model of `transformers` from a local folder. Greedy search, no language model."""
+
+    name = "ctc"
+
+    def __init__(self, folder: str) -> None:
+        self._processor, self._model, self.version = _load("AutoProcessor", "AutoModelForCTC", folder)
+        self._rate_hz = int(self._processor.feature_extractor.sampling_rate)
+
+    def transcribe(self, audio: np.ndarray, rate_hz: int) -> str:
+        """See `Recogniser`."""
+        logits = _infer(self._model, self._processor, audio, rate_hz, self._rate_hz).logits
+        text: str = self._processor.batch_decode(logits.argmax(-1))[0]
+        return text
+
+
 class WordErrorScorer:
-    """Word error rate of what a CTC recogniser hears in the decoded speech, against the recording's text.
+    """Word error rate of what a recogniser hears in the decoded speech, against the recording's text.
 
     The means over files are weighted by words, so they are the errors of all files over the words of all files. Case
-    and punctuation are ignored, apostrophes count. NaN where there is no text. Greedy search, no language model.
+    and punctuation are ignored, apostrophes count. NaN where there is no text.
     """
 
     name = "wer"
 
-    def __init__(self, folder: str) -> None:
-        transformers, self.version = _load_transformers(folder)
-        with _one_line(folder):
-            self._processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            self._model = _ready(transformers.AutoModelForCTC, folder)
-        self._rate_hz = int(self._processor.feature_extractor.sampling_rate)
+    def __init__(self, recogniser: str | Recogniser) -> None:
+        """`pocketsphinx`, the folder of a CTC model, `module:Class[=ARGUMENT]`, or a recogniser."""
+        self._recogniser = load_recogniser(recogniser) if isinstance(recogniser, str) else recogniser
+        self.version = self._recogniser.version
 
     def score(self, reference: np.ndarray, decoded: np.ndarray, rate_hz: int, text: str) -> dict[str, float]:
         """`wer`, which exceeds 1 where more words are heard than were said, and `wer_weight`, the words of the text."""
@@ -71,10 +95,8 @@ class WordErrorScorer:
         }
 
     def transcribe(self, audio: np.ndarray, rate_hz: int) -> str:
-        """What it hears."""
-        logits = _infer(self._model, self._processor, audio, rate_hz, self._rate_hz).logits
-        text: str = self._processor.batch_decode(logits.argmax(-1))[0]
-        return text
+        """What the recogniser hears."""
+        return self._recogniser.transcribe(audio, rate_hz)
 
 
 class SpeakerScorer:
@@ -83,10 +105,7 @@ class SpeakerScorer:
     name = "speaker"
 
     def __init__(self, folder: str) -> None:
-        transformers, self.version = _load_transformers(folder)
-        with _one_line(folder):
-            self._features = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            self._model = _ready(transformers.AutoModelForAudioXVector, folder)
+        self._features, self._model, self.version = _load("AutoFeatureExtractor", "AutoModelForAudioXVector", folder)
         self._rate_hz = int(self._features.sampling_rate)
         # The original is the same for all codecs.
         self._original = functools.lru_cache(maxsize=2)(self._embedding_of_bytes)
@@ -106,33 +125,58 @@ class SpeakerScorer:
 
 
 _BUILT_IN = {"wer": WordErrorScorer, "speaker": SpeakerScorer}
+_SPHINX = "pocketsphinx"
 
 
 @functools.cache
 def load_scorer(spec: str) -> Scorer:
-    """`wer=FOLDER`, `speaker=FOLDER`, or a class of one's own, `module:Class` or `module:Class=ARGUMENT`.
+    """`wer=RECOGNISER`, `speaker=FOLDER`, or a class of one's own, `module:Class` or `module:Class=ARGUMENT`.
 
-    UsageError where there is no such thing, ValueError where it cannot be made.
+    A RECOGNISER is what `load_recogniser` takes; `pocketsphinx` alone is `wer=pocketsphinx`. UsageError where there is
+    no such thing, ValueError where it cannot be made.
     """
-    where, has_argument, argument = spec.partition("=")
-    module, _, name = where.partition(":")
-    make: Any
+    where, _, argument = spec.partition("=")
+    if spec == _SPHINX:
+        return WordErrorScorer(_SPHINX)
     if where in _BUILT_IN:
         if not argument:
             raise UsageError(f"scorer {where!r} needs the folder of a model: {where}=FOLDER")
-        make = _BUILT_IN[where]
-    else:
-        if not name:
-            known = ", ".join(f"{built_in}=FOLDER" for built_in in _BUILT_IN)
-            raise UsageError(f"scorer {spec!r} is neither one of {known} nor module:Class")
-        try:
-            make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"scorer {spec!r} cannot be imported: {error}") from error
-    scorer = make(argument) if has_argument else make()
+        return _BUILT_IN[where](argument)
+    if ":" not in where:
+        known = ", ".join((*(f"{built_in}=FOLDER" for built_in in _BUILT_IN), _SPHINX))
+        raise UsageError(f"scorer {spec!r} is neither one of {known} nor module:Class")
+    scorer = _made(spec, "scorer")
     if not isinstance(scorer, Scorer):
         raise UsageError(f"scorer {spec!r} lacks one of name, version and score")
     return scorer
+
+
+def load_recogniser(spec: str) -> Recogniser:
+    """`pocketsphinx`, the folder of a CTC model, or a class of one's own, `module:Class` or `module:Class=ARGUMENT`.
+
+    UsageError where there is no such class, or an extra is missing; ValueError where the recogniser cannot be made.
+    """
+    if spec == _SPHINX:
+        from codec.evaluation.phones import PocketsphinxRecogniser
+
+        return PocketsphinxRecogniser()
+    if os.path.exists(spec) or ":" not in spec:
+        return CTCRecogniser(spec)
+    recogniser = _made(spec, "recogniser")
+    if not isinstance(recogniser, Recogniser):
+        raise UsageError(f"recogniser {spec!r} lacks one of name, version and transcribe")
+    return recogniser
+
+
+def _made(spec: str, what: str) -> Any:
+    """An object of the class `module:Class`, made with an argument where `=ARGUMENT` follows."""
+    where, has_argument, argument = spec.partition("=")
+    module, _, name = where.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{what} {spec!r} cannot be imported: {error}") from error
+    return make(argument) if has_argument else make()
 
 
 def words(text: str) -> list[str]:
@@ -150,42 +194,18 @@ def edits(said: Sequence[str], heard: Sequence[str]) -> int:
     return row[-1]
 
 
-def _load_transformers(folder: str) -> tuple[Any, str]:
-    """The package, and the version of a scorer: that of the package, the folder's name and its weights' SHA-256."""
+def _load(inputs: str, task: str, folder: str) -> tuple[Any, Any, str]:
+    """What prepares a model's inputs, the model, frozen, and its version, with that of `transformers`."""
     if importlib.util.find_spec("transformers") is None:
         raise UsageError("this scorer needs the extra 'ssl'")
-    weights = Path(folder) / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder} holds no model.safetensors")
+    from codec.features import one_line, read_folder
+
+    model, version = read_folder(folder, task)
     import transformers
 
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    name = os.path.basename(os.path.realpath(folder))
-    return transformers, f"{name}, weights {digest.hexdigest()[:12]}, transformers {transformers.__version__}"
-
-
-@contextlib.contextmanager
-def _one_line(folder: str) -> Iterator[None]:
-    """Whatever `transformers` has against a folder is a ValueError with the folder's name."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _ready(kind: Any, folder: str) -> Any:
-    """The model, as this library computes: float32, on the CPU, without gradients."""
-    import torch
-
-    model, loaded = kind.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    if loaded["missing_keys"]:
-        raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[:3]}")
-    return model.eval().requires_grad_(False)
+    with one_line(folder):
+        prepare = getattr(transformers, inputs).from_pretrained(folder, local_files_only=True)
+    return prepare, model, f"{version}, transformers {transformers.__version__}"
 
 
 def _infer(model: Any, features: Any, audio: np.ndarray, rate_hz: int, model_hz: int) -> Any:

@@ -15,11 +15,45 @@ _SCORES = {
     for metric in (
         Metric(
             *("wer", "WER", "", "lower"),
-            "Word errors of a CTC recogniser, greedy search, over the words of the texts; no case, no punctuation.",
+            "Word errors of the recogniser named below, over the words of the texts; no case, no punctuation.",
         ),
         Metric(
             *("speaker_similarity", "speaker similarity", "", "higher"),
             "Cosine similarity of the x-vectors of original and decoded speech.",
+        ),
+    )
+}
+_SEMANTICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            *("purity", "purity", "", "higher"),
+            "Share of labelled frames whose label is the most frequent one of their code (Hsu et al. 2021); it grows "
+            "with the size of the codebook.",
+        ),
+        Metric(
+            *("cluster_purity", "cluster purity", "", "higher"),
+            "Share of labelled frames whose code is the most frequent one of their label; it falls as codebooks grow.",
+        ),
+        Metric(
+            *("pnmi", "PNMI", "", "higher"),
+            "Mutual information of codes and labels over the entropy of labels (Hsu et al. 2021), from counts: it "
+            "grows with the size of the codebook, and is too high where frames are few.",
+        ),
+        Metric(
+            *("probe", "probe", "", "higher"),
+            "Share of labelled frames whose label a logistic regression tells from the quantized latents, on "
+            "recordings (of other speakers, where all are known) that it has not learned from; cross-validated.",
+        ),
+        Metric(
+            *("abx_within", "ABX within", "", "lower"),
+            "How often a segment's quantized latents are nearer to those of a segment of another label than to those "
+            "of one of its own, all of one speaker, whatever stands beside them (Schatz et al. 2013; Hallap et al. "
+            "2023): angles along the best way through both. Chance is 0.5.",
+        ),
+        Metric(
+            *("abx_across", "ABX across", "", "lower"),
+            "The same, where the segment is another speaker's than both that it is compared with.",
         ),
     )
 }
@@ -37,7 +71,12 @@ class Table:
 
 def described(name: str) -> Metric:
     """What is known of a metric or a scorer's value."""
-    return METRICS.get(name) or _SCORES.get(name) or Metric(name, name, "", "", "A value of a scorer.")
+    return (
+        METRICS.get(name)
+        or _SCORES.get(name)
+        or _SEMANTICS.get(name)
+        or Metric(name, name, "", "", "A value of a scorer.")
+    )
 
 
 def number(value: float | None, like: float | None = None) -> str:
@@ -50,9 +89,9 @@ def number(value: float | None, like: float | None = None) -> str:
 
 
 def interval(summary: Summary) -> str:
-    """The mean, and how far its interval reaches on the wider side."""
-    if not summary.num_files:
-        return number(None)
+    """The mean, and how far its interval reaches on the wider side, where it has one."""
+    if not summary.num_files or not math.isfinite(summary.high):
+        return number(summary.mean)
     reach = max(summary.high - summary.mean, summary.mean - summary.low)
     return f"{number(summary.mean)} ±{number(reach, like=summary.mean)}"
 
@@ -137,6 +176,26 @@ def codebook_table(evaluation: Evaluation) -> Table:
     return Table("Entries used, and perplexity of their use, for every row of codes", head, tuple(rows))
 
 
+def semantics_table(evaluation: Evaluation) -> Table:
+    """What codes tell of labels."""
+    rows = [
+        (system.coder, told.rows, *(_interval_of(told.values.get(name)) for name in _SEMANTICS))
+        for system in evaluation.systems
+        for told in system.semantics
+    ]
+    head = ("codec", "rows", *(_head(metric) for metric in _SEMANTICS.values()))
+    return Table("What codes, and their quantized latents, tell of the labels", head, tuple(rows))
+
+
+def semantics_metrics(evaluation: Evaluation) -> tuple[Metric, ...]:
+    """The values of that table, where it has rows."""
+    return tuple(_SEMANTICS.values()) if any(system.semantics for system in evaluation.systems) else ()
+
+
+def _interval_of(summary: Summary | None) -> str:
+    return number(None) if summary is None else interval(summary)
+
+
 def _head(metric: Metric) -> str:
     return f"{metric.title}\N{NO-BREAK SPACE}{ARROWS[metric.better]}" if metric.better else metric.title
 
@@ -147,7 +206,7 @@ def _codecs(evaluation: Evaluation) -> Sequence[SystemResult]:
 
 def tables(evaluation: Evaluation) -> list[Table]:
     """All that have rows."""
-    made = (quality_table, cost_table, difference_table, codebook_table)
+    made = (quality_table, cost_table, difference_table, semantics_table, codebook_table)
     return [table for table in (make(evaluation) for make in made) if table.rows]
 
 

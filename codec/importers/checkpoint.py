@@ -38,6 +38,14 @@ def read_checkpoint(path: Path, *, allow_pickle: bool) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def only_checkpoint(folder: Path) -> Path:
+    """The one file that lies beside config.json; ValueError where there is none, or more than one."""
+    others = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "config.json")
+    if len(others) != 1:
+        raise ValueError(f"{folder} must hold a config.json and one checkpoint, found {[file.name for file in others]}")
+    return others[0]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; ValueError where there is none."""
     try:

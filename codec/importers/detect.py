@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,9 +12,10 @@ from safetensors import safe_open
 from codec.importers.checkpoint import read_checkpoint, read_json
 from codec.models.interface import Codec
 
-KINDS = ("encodec", "dac", "hificodec")
-# Names of tensors that one kind has in either layout, and no other.
+KINDS = ("encodec", "dac", "hificodec", "speechtokenizer")
+# Names of tensors that tell a kind; SpeechTokenizer has what EnCodec has, and more, so it is looked for first.
 _TELLING_NAMES = {
+    "speechtokenizer": r"(generator\.)?encoder\.model\.\d+\.lstm\.weight_ih_l0_reverse$",
     "encodec": r"quantizer\.(vq\.)?layers\.\d+\.(_codebook|codebook)\.embed$",
     "dac": r"quantizer\.quantizers\.\d+\.codebook\.weight$",
     "hificodec": r"quantizer\.quantizer_modules\.\d+\.embedding\.weight$",
@@ -51,6 +52,10 @@ def load_checkpoint(
         from codec.importers.hificodec import load_hificodec
 
         codec = load_hificodec(source, sample_rate_hz=sample_rate_hz, allow_pickle=allow_pickle)
+    elif kind == "speechtokenizer":
+        from codec.importers.speechtokenizer import load_speechtokenizer
+
+        codec = load_speechtokenizer(source, allow_pickle=allow_pickle)
     else:
         raise ValueError(f"kind={kind!r} is not one of {KINDS}")
     if sample_rate_hz not in (None, codec.sample_rate_hz):
@@ -72,6 +77,8 @@ def _kind_of_folder(folder: Path) -> str | None:
     data = read_json(path)
     if data.get("model_type") in ("encodec", "dac"):
         return str(data["model_type"])
+    if {"n_filters", "n_q", "strides"} <= data.keys():
+        return "speechtokenizer"
     return "hificodec" if "upsample_rates" in data else None
 
 
@@ -90,9 +97,8 @@ def _names(path: Path, *, allow_pickle: bool) -> list[str]:
     return [f"{prefix}{key}" for prefix, tensors in [("", content), *parts] for key in tensors]
 
 
-def _kind_of_names(names: Iterable[str]) -> str | None:
-    for name in names:
-        for kind, pattern in _TELLING_NAMES.items():
-            if re.search(rf"^(state_dict\.)?{pattern}", name):
-                return kind
+def _kind_of_names(names: Sequence[str]) -> str | None:
+    for kind, pattern in _TELLING_NAMES.items():
+        if any(re.search(rf"^(state_dict\.)?{pattern}", name) for name in names):
+            return kind
     return None

@@ -49,8 +49,8 @@ ENCODEC_48KHZ = SEANetConfig(
     quantizer=ResidualVQConfig(latent_dim=128, num_stages=16, codebook_size=1024),
 )
 
-# Of either layout, in this order.
-_RENAMINGS = (
+# Of either layout, in this order; of SpeechTokenizer's, too.
+RENAMINGS = (
     (r"^(encoder|decoder)\.model\.", r"\1.layers."),
     (r"\.(conv\.conv|convtr\.convtr|conv)\.(weight|bias|weight_g|weight_v)$", r".\2"),
     (r"\.(conv|convtr)\.norm\.", ".norm."),
@@ -84,21 +84,21 @@ def load_encodec(
         if not path.is_file():
             path = path.with_name("pytorch_model.bin")
     tensors = checked_tensors(read_checkpoint(path, allow_pickle=allow_pickle), path)
-    tensors, spellings = renamed(tensors, _RENAMINGS, path)
+    tensors, spellings = renamed(tensors, RENAMINGS, path)
     if config is None:
         config = ENCODEC_48KHZ if any(".norm." in key for key in tensors) else ENCODEC_24KHZ
     fold_weight_norm(tensors, path)
-    _stack_codebooks(tensors, config.quantizer, path)
+    stack_codebooks(tensors, config.quantizer, path)
     codec = SEANetCodec(config)
     check_tensors(tensors, codec.state_dict(), spellings, path)
     codec.load_state_dict(tensors)
     return codec.eval().requires_grad_(False)
 
 
-def _stack_codebooks(tensors: dict[str, Tensor], config: QuantizerConfig, path: Path) -> None:
+def stack_codebooks(tensors: dict[str, Tensor], config: QuantizerConfig, path: Path) -> None:
     """Replace the stages' codebooks, and what the trainer keeps beside them, by one tensor of all."""
     if not isinstance(config, ResidualVQConfig) or config.num_groups > 1:
-        raise ValueError("EnCodec has a residual_vq whose codebooks are not grouped, and nothing else")
+        raise ValueError(f"{path} has a residual_vq whose codebooks are not grouped, and nothing else")
     codebooks, missing = [], []
     for stage in range(config.num_stages):
         prefix = f"quantizer.layers.{stage}.codebook"

@@ -24,6 +24,7 @@ from codec.importers.checkpoint import (
     check_tensors,
     checked_tensors,
     fold_weight_norm,
+    only_checkpoint,
     read_checkpoint,
     read_json,
     renamed,
@@ -68,7 +69,7 @@ def load_hificodec(
         if config is not None:
             raise ValueError(f"{path} has a config.json, so config= cannot be given")
         config = read_config(path / "config.json")
-        path = _only_checkpoint(path)
+        path = only_checkpoint(path)
     if config is not None and sample_rate_hz not in (None, config.sample_rate_hz):
         raise ValueError(f"{path} is a model for {config.sample_rate_hz} Hz, not for {sample_rate_hz} Hz")
     tensors = checked_tensors(_flattened(read_checkpoint(path, allow_pickle=allow_pickle), path), path)
@@ -128,14 +129,6 @@ def _converted_config(data: dict[str, Any]) -> dict[str, Any]:
             "learning": "gradient",
         },
     }
-
-
-def _only_checkpoint(folder: Path) -> Path:
-    """The one file that lies beside config.json."""
-    others = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "config.json")
-    if len(others) != 1:
-        raise ValueError(f"{folder} must hold a config.json and one checkpoint, found {[file.name for file in others]}")
-    return others[0]
 
 
 def _flattened(checkpoint: Any, path: Path) -> Any:

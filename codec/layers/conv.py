@@ -54,6 +54,22 @@ class ELU(SignalLayer):
         return F.elu(x), state
 
 
+class Snake(SignalLayer):
+    """`x + sin(alpha x)^2 / alpha`, with one `alpha` per channel: periodic, and yet it grows with x.
+
+    Source: Liu, Hartwig and Ueda, "Neural networks fail to learn periodic functions and how to fix it" (2020),
+    equation 3; the small number beside alpha is DAC's.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        alpha = self.alpha[:, None]
+        return x + (alpha + 1e-9).reciprocal() * (alpha * x).sin().square(), state
+
+
 class Chain(Sequential, SignalLayer):
     """Layers one after another; the state is the tuple of theirs."""
 

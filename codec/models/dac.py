@@ -21,11 +21,11 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from codec.config import build, register
 from codec.layers.causal import State
-from codec.layers.conv import Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
+from codec.layers.conv import Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer, Snake
 from codec.models.interface import WholeCodec
 from codec.quantizers.factorized import FactorizedVQConfig
 from codec.quantizers.interface import Quantizer, QuantizerConfig
@@ -131,22 +131,6 @@ class DACCodec(WholeCodec):
         """Latents [B, D, F] -> audio [B, 1, num_samples]; zeros where the decoder is too short. Differentiable."""
         audio = torch.tanh(self.decoder(latents))
         return F.pad(audio, (0, num_samples - audio.shape[2]))
-
-
-class Snake(SignalLayer):
-    """`x + sin(alpha x)^2 / alpha`, with one `alpha` per channel: periodic, and yet it grows with x.
-
-    Source: Liu, Hartwig and Ueda, "Neural networks fail to learn periodic functions and how to fix it" (2020),
-    equation 3; the small number beside alpha is DAC's.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(channels))
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        alpha = self.alpha[:, None]
-        return x + (alpha + 1e-9).reciprocal() * (alpha * x).sin().square(), state
 
 
 class _Upsampling(ConvTranspose):

@@ -1,4 +1,4 @@
-"""The SEANet family: SoundStream, EnCodec and their kin. Strided convolutions, an LSTM, a residual quantizer, and back.
+"""The SEANet family: SoundStream, EnCodec, SpeechTokenizer. Convolutions, LSTMs, a residual quantizer, and back.
 
     audio -> convolution -> (residual blocks, strided convolution) per ratio -> LSTM -> convolution -> latents
     latents -> convolution -> LSTM -> (transposed convolution, residual blocks) per ratio -> convolution -> audio
@@ -9,12 +9,14 @@ Three kinds of it:
 - causal, beginning mirrored (`pad_mode="reflect"`, EnCodec 24 kHz as published): a stream withholds its first frames
   until it has heard what is mirrored. A file's last partial frame is padded layer by layer as published, a stream's
   with silence, so the codes of that one frame may differ;
-- not causal (EnCodec 48 kHz as published): takes whole files, or overlapping segments of them, and cannot stream.
+- not causal (EnCodec 48 kHz and SpeechTokenizer as published): takes whole files, or overlapping segments of them, and
+  cannot stream.
 
 The last two process rows of different lengths apart, so that nothing of one row, nor padding, is heard in another.
 
 Source: Zeghidour et al., "SoundStream" (2021), section III; Défossez et al., "High fidelity neural audio compression"
-(EnCodec, 2022), section 3.1 and appendix A, and as published, https://github.com/facebookresearch/encodec.
+(EnCodec, 2022), section 3.1 and appendix A, and as published, https://github.com/facebookresearch/encodec; Zhang et
+al., "SpeechTokenizer" (2023), as published, https://github.com/ZhangXInFD/SpeechTokenizer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from codec.config import build, register
 from codec.layers.causal import State, leaves
-from codec.layers.conv import ELU, PAD_MODES, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer
+from codec.layers.conv import ELU, PAD_MODES, Chain, Conv, ConvTranspose, ResidualBlock, SignalLayer, Snake
 from codec.layers.recurrent import LSTM
 from codec.models.interface import UNLIMITED, StreamableCodec, rows_by_length
 from codec.quantizers.interface import Quantizer, QuantizerConfig
@@ -36,6 +38,7 @@ from codec.quantizers.residual import ResidualVQConfig
 from codec.tokens import Tokens
 
 NORMS = ("none", "weight", "group")
+ACTIVATIONS = ("elu", "snake")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,10 @@ class SEANetConfig:
     The network has `num_filters` channels at the audio's rate, and twice as many after each ratio. A residual block
     narrows to a `compress`-th of its channels, and its dilation grows by `dilation_base` from block to block.
     `last_kernel_size` is that of both networks' last convolutions, unless `encoder_last_kernel_size` differs.
+
+    `bidirectional_lstm`: the encoder's LSTM also reads from the end to the beginning, so it hears everything, and the
+    last convolution takes twice as many channels. The decoder's reads forwards always. `activation`: "elu", or "snake"
+    as in one release of SpeechTokenizer.
 
     `norm`: "weight" says how to train (see `codec.layers.conv.add_weight_norm`) and computes nothing else than "none";
     "group" normalises each layer's output over channels and time, which cannot be causal.
@@ -66,7 +73,9 @@ class SEANetConfig:
     dilation_base: int = 2
     compress: int = 2
     conv_shortcut: bool = True
+    activation: str = "elu"
     num_lstm_layers: int = 2
+    bidirectional_lstm: bool = False
     causal: bool = True
     pad_mode: str = "zero"
     norm: str = "weight"
@@ -94,6 +103,10 @@ class SEANetConfig:
             raise ValueError(f"pad_mode={self.pad_mode!r} is not one of {PAD_MODES}")
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is not one of {NORMS}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not one of {ACTIVATIONS}")
+        if self.bidirectional_lstm and (self.causal or not self.num_lstm_layers):
+            raise ValueError("bidirectional_lstm needs causal=False, for it looks ahead, and num_lstm_layers")
         if self.causal and (self.norm == "group" or self.normalize_loudness or self.segment_samples is not None):
             raise ValueError("group norm, normalize_loudness and segments need causal=False: they look ahead")
         if (self.segment_samples is None) != (self.segment_stride_samples is None):
@@ -342,12 +355,14 @@ def _encoder_layers(config: SEANetConfig) -> list[SignalLayer]:
     layers: list[SignalLayer] = [_conv(config, config.num_channels, width, config.kernel_size)]
     for ratio in reversed(config.ratios):
         layers += _residual_blocks(config, width)
-        layers += [ELU(), _conv(config, width, 2 * width, 2 * ratio, stride=ratio)]
+        layers += [_activation(config, width), _conv(config, width, 2 * width, 2 * ratio, stride=ratio)]
         width *= 2
     if config.num_lstm_layers:
-        layers.append(LSTM(width, config.num_lstm_layers))
+        layers.append(LSTM(width, config.num_lstm_layers, bidirectional=config.bidirectional_lstm))
+        width *= 2 if config.bidirectional_lstm else 1
     last_kernel_size = config.encoder_last_kernel_size or config.last_kernel_size
-    return [*layers, ELU(), _conv(config, width, config.quantizer.latent_dim, last_kernel_size)]
+    last = _conv(config, width, config.quantizer.latent_dim, last_kernel_size)
+    return [*layers, _activation(config, width), last]
 
 
 def _decoder_layers(config: SEANetConfig) -> list[SignalLayer]:
@@ -358,12 +373,13 @@ def _decoder_layers(config: SEANetConfig) -> list[SignalLayer]:
     for ratio in config.ratios:
         grouped = config.norm == "group"
         layers += [
-            ELU(),
+            _activation(config, width),
             ConvTranspose(width, width // 2, 2 * ratio, stride=ratio, causal=config.causal, group_norm=grouped),
         ]
         width //= 2
         layers += _residual_blocks(config, width)
-    return [*layers, ELU(), _conv(config, width, config.num_channels, config.last_kernel_size)]
+    last = _conv(config, width, config.num_channels, config.last_kernel_size)
+    return [*layers, _activation(config, width), last]
 
 
 def _residual_blocks(config: SEANetConfig, width: int) -> list[SignalLayer]:
@@ -372,15 +388,19 @@ def _residual_blocks(config: SEANetConfig, width: int) -> list[SignalLayer]:
         ResidualBlock(
             width,
             [
-                ELU(),
+                _activation(config, width),
                 _conv(config, width, narrow, config.residual_kernel_size, dilation=config.dilation_base**block),
-                ELU(),
+                _activation(config, narrow),
                 _conv(config, narrow, width, 1),
             ],
             _conv(config, width, width, 1) if config.conv_shortcut else None,
         )
         for block in range(config.num_residual_blocks)
     ]
+
+
+def _activation(config: SEANetConfig, width: int) -> SignalLayer:
+    return Snake(width) if config.activation == "snake" else ELU()
 
 
 def _conv(
