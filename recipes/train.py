@@ -52,7 +52,7 @@ _FREE_ON_RESUME = (
 def build_codec(settings: Settings) -> Codec:
     """The codec to train: new from `model`, or from `init_from` (a bundled name or a folder) with its weights.
 
-    Where both are given they must describe the same architecture; `model=null` takes whatever `init_from` is. A resumed
+    Where both are given they must describe the same architecture; `model=none` takes whatever `init_from` is. A resumed
     run has weights of its own.
     """
     if settings.init_from is None or settings.resume:
@@ -71,7 +71,7 @@ def build_codec(settings: Settings) -> Codec:
             path, theirs, ours = changes[0]
             raise ValueError(
                 f"init_from={settings.init_from} has another architecture than model: {path} is {theirs}, not {ours} "
-                "(model=null takes what init_from has)"
+                "(model=none takes what init_from has)"
             )
     return codec
 

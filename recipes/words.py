@@ -247,6 +247,7 @@ class Entry:
 
 
 _KEPT = ("path", "num_samples", "sample_rate_hz", "aligner", "text")
+_BEGINNING = '{"path": "'  # of every line that we write
 
 
 class WordTimes:
@@ -308,7 +309,7 @@ def read_entries(file: Path) -> tuple[dict[str, Entry], bool]:
         try:
             entry = _entry(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # no newline after it
+            if number == len(lines) and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:  # no newline after it
                 return entries, False
             raise ValueError(f"{file}:{number} is no line of word times: {type(error).__name__}, {error}") from error
         if entry.path in entries:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from codec.testing import speech_like
 from recipes import feature_cache
 from recipes.corpora import open_corpus
 from recipes.feature_cache import CacheKey, FeatureCache, write_features
+from tools import cache_features
 
 pytest.importorskip("transformers")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -268,39 +266,41 @@ def test_values_too_large_for_the_file_are_cut(
 # The tool
 
 
-def test_the_tool_writes_what_a_teacher_reads(source: Path, folder: Path, model: SpeechModel, tmp_path: Path) -> None:
+def _run(*arguments: str | Path) -> object:
+    """What the command ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cache_features", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cache_features.main()
+    return caught.value.code
+
+
+def test_the_tool_writes_what_a_teacher_reads(
+    source: Path, folder: Path, model: SpeechModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (source / "list.tsv").write_text("path\tsplit\na.wav\ttrain\nb.wav\ttrain\nc.wav\tdev\n")
-    (source / "broken.wav").write_bytes(b"RIFF")
-    arguments = [source / "list.tsv", folder, tmp_path / "out", "--layers", "1", "3", "--split", "train"]
-    command = [sys.executable, "-W", "error", "-m", "tools.cache_features", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"0.00 h of {CacheKey.of(model, (1, 3))}" in done.stdout
-    assert "2 recordings were added, 0 were there" in done.stdout
-    FeatureCache(tmp_path / "out").check(CacheKey.of(model, (1, 3)))
-    lines = (tmp_path / "out" / "index.jsonl").read_text().splitlines()
+    out = tmp_path / "out"
+    assert _run(source / "list.tsv", folder, out, "--layers", "1", "3", "--split", "train") == 0
+    told, errors = capfd.readouterr()
+    assert errors == ""
+    assert f"0.00 h of {CacheKey.of(model, (1, 3))}" in told
+    assert "2 recordings were added, 0 were there" in told
+    FeatureCache(out).check(CacheKey.of(model, (1, 3)))
+    lines = (out / "index.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines[1:]] == ["a.wav", "b.wav"]
 
 
 def test_the_tool_tells_what_is_left_out(
-    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tools import cache_features
-
-    def run(*arguments: str | Path) -> object:
-        monkeypatch.setattr(sys, "argv", ["cache_features", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cache_features.main()
-        return caught.value.code
-
     (source / "broken.wav").write_bytes(b"RIFF")
-    assert run(source, folder, tmp_path / "out", "--layers", "weighted") == 1
+    out, unused = tmp_path / "out", tmp_path / "unused"
+    assert _run(source, folder, out, "--layers", "weighted") == 1
     assert "left out: broken.wav: " in capsys.readouterr().err
-    assert run(source, folder, tmp_path / "out", "--layers", "weighted", "--skip-broken") == 0
-    assert str(run(source, folder, tmp_path / "out")).startswith(f"error: {tmp_path / 'out'} is of another teacher: ")
-    assert run(source, folder, tmp_path / "out2", "--layers", "nine") == (
-        'error: --layers nine: neither numbers nor "last" or "weighted"'
-    )
-    assert 'has "last" and 0 to 3' in str(run(source, folder, tmp_path / "out2", "--layers", "9"))
-    assert "holds no model.safetensors" in str(run(source, tmp_path, tmp_path / "out2"))
-    assert not (tmp_path / "out2").exists()
+    assert _run(source, folder, out, "--layers", "weighted", "--skip-broken") == 0
+    assert str(_run(source, folder, out)).startswith(f"error: {out} is of another teacher: ")
+    expected = 'error: --layers nine: neither numbers nor "last" or "weighted"'
+    assert _run(source, folder, unused, "--layers", "nine") == expected
+    assert 'has "last" and 0 to 3' in str(_run(source, folder, unused, "--layers", "9"))
+    assert "holds no model.safetensors" in str(_run(source, tmp_path, unused))
+    assert not unused.exists()

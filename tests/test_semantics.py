@@ -17,8 +17,10 @@ from codec.evaluation.semantics import (
     most_frequent,
     over_files,
     pnmi,
+    pnmi_by_chance,
     probe,
     purity,
+    unseen_purity,
 )
 
 frames = st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 3)), min_size=1, max_size=40).filter(
@@ -95,6 +97,31 @@ def test_many_frames_take_no_time() -> None:
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.5
     assert 0 < values[1] < values[0] < 0.2
+
+
+def test_chance_is_what_codes_that_say_nothing_have() -> None:
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 200, 2000), np.repeat(rng.integers(-1, 10, 400), 5)
+    assert pnmi(codes, labels) > 0.2
+    assert pnmi_by_chance(codes, labels) == pytest.approx(pnmi(codes, labels), abs=0.03)
+    assert pnmi_by_chance(np.repeat(codes[::5], 5), labels) > 0.5  # the same codes in runs, as labels are
+    assert pnmi_by_chance(labels + 1, labels) < 0.1 < 0.9 < pnmi(labels + 1, labels)
+
+
+def test_unseen_purity_is_what_other_recordings_know() -> None:
+    # Code 0 is mostly label 0 in every recording, code 1 is label 1; code 2 + i occurs in recording i alone.
+    codes = np.concatenate([[0, 0, 0, 1, 1, 2 + i] for i in range(3)])
+    labels = np.tile([0, 0, 1, 1, 1, 2], 3)
+    found = unseen_purity(codes, labels, np.repeat(np.arange(3), 6))
+    assert found.mean == pytest.approx(4 / 6)  # a code that is new is taken for label 1, the most frequent
+    assert purity(codes, labels) == pytest.approx(5 / 6)
+    assert found.num_files == 3
+    rng = np.random.default_rng(0)
+    many = rng.integers(0, 1024, 5000), rng.integers(0, 10, 5000)
+    assert purity(*many) > 0.3
+    assert unseen_purity(*many, np.arange(5000) // 100).mean == pytest.approx(0.1, abs=0.02)
+    with pytest.raises(ValueError, match="two recordings"):
+        unseen_purity(codes, labels, np.zeros(18))
 
 
 # --- intervals

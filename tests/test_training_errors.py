@@ -162,7 +162,7 @@ def test_a_start_with_another_architecture_is_refused(recordings: Path, tmp_path
     codec.save(tiny_codec(kernel_size=5), tmp_path / "other", name="other@1")
     start = f"init_from={tmp_path / 'other'}"
     message = _message(tiny_run(recordings, tmp_path / "run", start))
-    assert "has another architecture than model: model.kernel_size is 5, not 3 (model=null takes" in message
+    assert "has another architecture than model: model.kernel_size is 5, not 3 (model=none takes" in message
     settings = parse(tiny_run(recordings, tmp_path / "run", start, model=None))
     assert settings.model is None
 

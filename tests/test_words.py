@@ -49,9 +49,9 @@ class Script:
         self.num_calls = 0
 
     def log_probs(self, audio: Tensor, num_samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert audio.shape[0] == 1
         self.num_calls += 1
         frames = self.frames[round(float(audio.mean()) * 10)]
+        assert (len(audio), math.ceil(audio.shape[1] / STRIDE)) == (1, len(frames))
         probs = torch.full((1, len(frames) + 3, len(self.labels)), (1 - self.certainty) / (len(self.labels) - 1))
         for frame, character in enumerate(frames):
             column = 0 if character == "-" else self.labels.index(character)
@@ -262,6 +262,7 @@ def _line(**changes: object) -> str:
         ("{}\n", ":1 is no line of word times"),
         ("[]\n", ":1 is no line of word times"),
         ("path\ttext\n", ":1 is no line of word times"),
+        ("anything else", ":1 is no line of word times"),  # what is not ours must not be taken for cut off
         (_line(words=[["HI", 0.5, 0.2]]), "no word in time"),
         (_line(words=[["HI", -0.1, 0.2]]), "no word in time"),
         (_line(words=[["HI", 0.1, math.inf]]), "no word in time"),
@@ -271,6 +272,7 @@ def _line(**changes: object) -> str:
         (_line(num_samples=0), "num_samples"),
         (_line() + _line(), ":2 names c.wav for the second time"),
         (_line() + FAILED.to_line()[:-3], "is cut off"),
+        (_line() + '{"', "is cut off"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: str, reason: str) -> None:
@@ -367,10 +369,14 @@ def test_splits_share_a_file_and_what_changed_is_made_anew(
     corpus.write_text(corpus.read_text().replace("A man.", "A MAN"))
     soundfile.write(corpus.with_name("2.wav"), np.full(5 * STRIDE, 0.3), 16000, subtype="FLOAT")
     corpus.write_text(corpus.read_text().replace("kat", "yes"))
+    soundfile.write(corpus.with_name("0.wav"), np.zeros(9 * STRIDE), 16000)  # as long as it was
     script.num_calls = 0
     assert _run(monkeypatch, corpus, "model", out) == 0
-    entries, _ = read_entries(out)
     assert script.num_calls == 2
+    soundfile.write(corpus.with_name("0.wav"), np.zeros(9 * STRIDE - 10), 16000)
+    assert _run(monkeypatch, corpus, "model", out) == 0
+    assert script.num_calls == 3
+    entries, _ = read_entries(out)
     assert [word.text for word in entries["1.wav"].words] == ["A", "MAN"]
     assert [word.text for word in entries["2.wav"].words] == ["yes"]
 

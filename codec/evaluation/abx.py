@@ -139,7 +139,8 @@ def _distances(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.
 def _unit(latents: np.ndarray) -> np.ndarray:
     """Frames of length 1; a frame of zeros stays, at right angles to all."""
     rows = latents.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    units: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return units
 
 
 def _along_best_ways(costs: np.ndarray, num_rows: np.ndarray, num_columns: np.ndarray) -> np.ndarray:

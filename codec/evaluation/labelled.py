@@ -16,7 +16,15 @@ from codec.evaluation.coders import UsageError
 from codec.evaluation.labels import Segment, check_labels, find_labels, frame_labels, vocabulary
 from codec.evaluation.recordings import Recording, spread
 from codec.evaluation.results import Semantics, Summary
-from codec.evaluation.semantics import Counts, most_frequent, over_files, probe
+from codec.evaluation.semantics import (
+    PROBE_FOLDS,
+    Counts,
+    most_frequent,
+    over_files,
+    pnmi_by_chance,
+    probe,
+    unseen_purity,
+)
 
 if TYPE_CHECKING:
     from codec.models.interface import Codec
@@ -76,11 +84,12 @@ def fitting_labels(
 def semantics_of(
     codec: Codec, codes: Mapping[str, np.ndarray], recordings: Mapping[str, LabelledRecording]
 ) -> tuple[Semantics, ...]:
-    """Of every row of codes int64 [K, F], by recordings: purity, cluster purity, PNMI.
+    """Of every row of codes int64 [K, F], by recordings: purities, PNMI, and what that is by chance.
 
     And of the quantized latents of the first stage (the fewest rows that the model can be decoded from), and of all
     rows: a linear probe and ABX. Those look at `MAX_LATENT_FRAMES` frames at the most, from recordings evenly spread;
-    the probe is tested on speakers that it has not learned from where all are known, and else on recordings.
+    the probe is tested on speakers that it has not learned from where there are `PROBE_FOLDS` of them or more, and else
+    on recordings.
 
     ValueError where frames do not lie on one grid, as those of overlapping segments, or none has a label.
     """
@@ -96,10 +105,12 @@ def semantics_of(
     files = np.repeat(np.arange(len(names)), [len(given) for given in labels])
     joined, whole = np.concatenate(labels), np.concatenate([codes[name] for name in names], axis=1)
     measures = {"purity": Counts.purity, "cluster_purity": Counts.cluster_purity, "pnmi": Counts.pnmi}
-    found = {
-        (row, row): {name: over_files(measure, whole[row], joined, files) for name, measure in measures.items()}
-        for row in range(len(whole))
-    }
+    found = {}
+    for row, own in enumerate(whole):
+        found[row, row] = {name: over_files(measure, own, joined, files) for name, measure in measures.items()}
+        found[row, row]["pnmi_by_chance"] = _plain(pnmi_by_chance(own, joined), len(names))
+        if len(np.unique(files[joined >= 0])) > 1:
+            found[row, row]["unseen_purity"] = unseen_purity(own, joined, files)
     share = MAX_LATENT_FRAMES / len(joined)
     taken = spread(range(len(names)), max(2, math.floor(len(names) * share)))
     for num_rows in sorted({codec.valid_num_quantizers[0], len(whole)}):
@@ -151,13 +162,18 @@ def _of_latents(
     values = {"probe": told}
     for name, across in (("abx_within", False), ("abx_across", True)):
         error = abx(tokens, across=across, by_context=False)
-        values[name] = Summary(error, math.nan, math.nan, error, 0 if math.isnan(error) else len(recordings))
+        values[name] = _plain(error, len(recordings))
     return values
+
+
+def _plain(value: float, num_files: int) -> Summary:
+    """A value without an interval."""
+    return Summary(value, math.nan, math.nan, value, 0 if math.isnan(value) else num_files)
 
 
 def _is_by_speaker(recordings: Sequence[LabelledRecording]) -> bool:
     speakers = {recording.speaker for recording in recordings}
-    return len(speakers) > 1 and "" not in speakers
+    return len(speakers) >= PROBE_FOLDS and "" not in speakers
 
 
 def tokens_of(latents: np.ndarray, segments: Sequence[Segment], frame_rate_hz: float, speaker: str = "") -> list[Token]:

@@ -178,7 +178,7 @@ def _method(evaluation: Evaluation) -> str:
             f"{labels['source']}: {labels['num_segments']} segments with {labels['num_labels']} labels in "
             f"{labels['num_files']} recordings; the most frequent label has {labels['most_frequent']:.1%} of the "
             "labelled time. A frame has the label at its centre; silence has none. Intervals of single rows: 95 %, "
-            "jackknife over recordings. Probes are tested on "
+            "jackknife over recordings. Probes, and unseen purity by recordings, are tested on "
             f"{'speakers' if labels['is_by_speaker'] else 'recordings'} that they have not learned from, and have "
             "bootstrap intervals; ABX has none."
         )

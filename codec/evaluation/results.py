@@ -71,8 +71,9 @@ class CodebookUse:
 class Semantics:
     """What some rows of codes tell of the labels that recordings have, such as phones, over all files.
 
-    Of single rows: `purity`, `cluster_purity` and `pnmi`, with intervals by the jackknife over files. Of the quantized
-    latents of the first stage, and of all rows: `probe`, with a bootstrap interval, `abx_within` and `abx_across`.
+    Of single rows: `purity`, `cluster_purity` and `pnmi`, with intervals by the jackknife over files, `unseen_purity`,
+    with a bootstrap interval, and `pnmi_by_chance`. Of the quantized latents of the first stage, and of all rows:
+    `probe`, with a bootstrap interval, `abx_within` and `abx_across`.
     """
 
     rows: str  # "0", or "0 to 7"

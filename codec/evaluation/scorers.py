@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -124,7 +124,7 @@ class SpeakerScorer:
         return embedding
 
 
-_BUILT_IN = {"wer": WordErrorScorer, "speaker": SpeakerScorer}
+_BUILT_IN: dict[str, Callable[[str], Scorer]] = {"wer": WordErrorScorer, "speaker": SpeakerScorer}
 _SPHINX = "pocketsphinx"
 
 

@@ -66,8 +66,8 @@ class Counts:
     def pnmi(self) -> float:
         """Mutual information of codes and labels over the entropy of the labels; NaN where there is but one label.
 
-        0 where codes say nothing of labels, 1 where they tell them. It, too, grows with the size of the codebook, and
-        is too high where frames are few: an estimate from counts.
+        0 where codes say nothing of labels, 1 where they tell them. As an estimate from counts it is too high, the more
+        so the larger the codebook and the fewer the frames: compare it with `pnmi_by_chance`.
 
         Source: Hsu et al., "HuBERT" (2021), section IV-C.
         """
@@ -110,6 +110,37 @@ def cluster_purity(codes: np.ndarray, labels: np.ndarray) -> float:
 def pnmi(codes: np.ndarray, labels: np.ndarray) -> float:
     """See `Counts.pnmi`."""
     return Counts.of(codes, labels).pnmi()
+
+
+def pnmi_by_chance(codes: np.ndarray, labels: np.ndarray) -> float:
+    """What `pnmi` is for codes that say nothing: its mean where labels come a quarter, half, three quarters too late.
+
+    Frames are taken for a ring. Codes and labels keep how often and in which runs they occur, and with them the bias.
+    """
+    return float(np.mean([pnmi(codes, np.roll(labels, len(labels) * quarter // 4)) for quarter in (1, 2, 3)]))
+
+
+def unseen_purity(codes: np.ndarray, labels: np.ndarray, files: np.ndarray, *, seed: int = 0) -> Summary:
+    """How often a frame has the label that is the most frequent one of its code in other recordings.
+
+    Purity without what makes it grow by itself: large codebooks that know single frames by heart gain nothing. In up to
+    five folds of recordings; a code that the others do not have is taken for the most frequent label. The interval is a
+    bootstrap over recordings. ValueError where there are fewer than two recordings with labels.
+    """
+    has_label = labels >= 0
+    units, targets, recordings = joined(codes)[has_label], labels[has_label], files[has_label]
+    if len(np.unique(recordings)) < 2:
+        raise ValueError("labels of two recordings are needed")
+    _, units = np.unique(units, return_inverse=True)
+    shape = (int(units.max()) + 1, int(targets.max()) + 1)
+    fold = _folds(recordings, np.random.default_rng(seed))
+    is_right = np.zeros(len(targets))
+    for number in range(int(fold.max()) + 1):
+        known, unseen = fold != number, fold == number
+        joint = np.bincount(units[known] * shape[1] + targets[known], minlength=shape[0] * shape[1]).reshape(shape)
+        guess = np.where(joint.any(1), joint.argmax(1), joint.sum(0).argmax())
+        is_right[unseen] = guess[units[unseen]] == targets[unseen]
+    return _share_of_frames(is_right, recordings)
 
 
 def joined(codes: np.ndarray) -> np.ndarray:
@@ -165,8 +196,9 @@ def probe(
     """How often a linear classifier tells the label from latents float [F, D], on recordings it has not learned from.
 
     Multinomial logistic regression on standardised dims, cross-validated in up to five folds: `groups` int64 [F], by
-    default `files`, are never divided. With speakers for groups it is tested on other voices. It learns from at most
-    `max_frames` frames, drawn by `seed`, and is tested on all. The interval is a bootstrap over recordings.
+    default `files`, are never divided. With speakers for groups it is tested on other voices, which takes many: from
+    one speaker it learns a voice. It learns from at most `max_frames` frames, drawn by `seed`, and is tested on all.
+    The interval is a bootstrap over recordings.
 
     ValueError where there are fewer than two groups or labels. Needs scikit-learn.
     """
@@ -180,10 +212,9 @@ def probe(
     if len(names) < 2 or len(np.unique(targets)) < 2:
         raise ValueError(f"a probe needs two groups of frames and two labels, got {len(names)} groups")
     rng = np.random.default_rng(seed)
-    num_folds = min(PROBE_FOLDS, len(names))
-    fold = (rng.permutation(len(names)) % num_folds)[np.searchsorted(names, parts)]
+    fold = _folds(parts, rng)
     is_right = np.zeros(len(targets))
-    for number in range(num_folds):
+    for number in range(int(fold.max()) + 1):
         known, unseen = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         known = np.sort(rng.permutation(known)[:max_frames])
         if len(np.unique(targets[known])) < 2:
@@ -195,12 +226,23 @@ def probe(
             warnings.simplefilter("ignore", ConvergenceWarning)  # near enough after so many steps
             classifier.fit((features[known] - mean) / spread, targets[known])
         is_right[unseen] = classifier.predict((features[unseen] - mean) / spread) == targets[unseen]
-    _, number_of = np.unique(recordings, return_inverse=True)
-    num_frames = np.bincount(number_of)
-    return summarize((np.bincount(number_of, is_right) / num_frames).tolist(), num_frames.tolist())
+    return _share_of_frames(is_right, recordings)
 
 
 def most_frequent(labels: np.ndarray) -> float:
     """The share of the most frequent label among frames that have one: what a probe without latents would reach."""
     given = labels[labels >= 0]
     return float(np.bincount(given).max() / len(given)) if len(given) else math.nan
+
+
+def _folds(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The fold of every frame, int64 [F]; each group is in one, and sizes in groups differ by at most one."""
+    names = np.unique(groups)
+    folds: np.ndarray = rng.permutation(len(names)) % min(PROBE_FOLDS, len(names))
+    return folds[np.searchsorted(names, groups)]
+
+
+def _share_of_frames(is_right: np.ndarray, files: np.ndarray) -> Summary:
+    _, numbers = np.unique(files, return_inverse=True)
+    num_frames = np.bincount(numbers)
+    return summarize((np.bincount(numbers, is_right) / num_frames).tolist(), num_frames.tolist())

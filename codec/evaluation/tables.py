@@ -32,6 +32,11 @@ _SEMANTICS = {
             "with the size of the codebook.",
         ),
         Metric(
+            *("unseen_purity", "purity, unseen", "", "higher"),
+            "Share of labelled frames whose label is the most frequent one of their code in other recordings: purity "
+            "without what large codebooks gain by themselves. Cross-validated.",
+        ),
+        Metric(
             *("cluster_purity", "cluster purity", "", "higher"),
             "Share of labelled frames whose code is the most frequent one of their label; it falls as codebooks grow.",
         ),
@@ -41,9 +46,13 @@ _SEMANTICS = {
             "grows with the size of the codebook, and is too high where frames are few.",
         ),
         Metric(
+            *("pnmi_by_chance", "PNMI by chance", "", ""),
+            "The same where labels come a quarter, half, three quarters of all frames too late, on average.",
+        ),
+        Metric(
             *("probe", "probe", "", "higher"),
             "Share of labelled frames whose label a logistic regression tells from the quantized latents, on "
-            "recordings (of other speakers, where all are known) that it has not learned from; cross-validated.",
+            "recordings (of other speakers, where there are enough) that it has not learned from; cross-validated.",
         ),
         Metric(
             *("abx_within", "ABX within", "", "lower"),

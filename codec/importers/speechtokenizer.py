@@ -5,7 +5,8 @@ whose "generator" it is (`ModelTrainer_00001000` and the like). Its tensors are 
 norm is accepted in its three spellings and folded. Every tensor is used once, but those of use to a trainer only, which
 are left behind by name: `transform`, which made features for a teacher, and counts and sums behind the codebooks.
 
-As published, the networks look ahead, and their encoder hears the whole recording: they cannot stream.
+As published, the networks look ahead, and their encoder hears the whole recording: they cannot stream, and a recording
+of a minute takes some 2.5 GB of memory.
 
 Source: the layouts as published, https://github.com/ZhangXInFD/SpeechTokenizer (speechtokenizer/model.py and modules,
 config/spt_base_cfg.json) and https://github.com/mubtasimahasan/DM-Codec (codec/model.py, trainer.py, config.json).
