@@ -39,7 +39,7 @@ from recipes.alignments import Alignment, AlignmentConfig
 from recipes.data import Batch, SpeechData
 from recipes.distillation_losses import DistillationLoss, DistillationLossConfig, frame_cosines
 from recipes.settings import ObjectiveSettings
-from recipes.targets import Pieces, Targets
+from recipes.targets import Pieces, Targets, TeacherConfig
 
 
 @runtime_checkable
@@ -87,10 +87,8 @@ class Objective(nn.Module):
         self.settings = settings
         self.loss: DistillationLoss = _built(settings.loss, DistillationLossConfig, f"{path}.loss")
         # Not a submodule: its weights are neither trained nor saved.
-        self._teacher = (_built(settings.teacher, object, f"{path}.teacher"),)
+        self._teacher = (_built(settings.teacher, TeacherConfig, f"{path}.teacher"),)
         is_text = isinstance(self.teacher, PieceTeacher)
-        if not (is_text or isinstance(self.teacher, FrameTeacher)):
-            raise ValueError(f"{path}.teacher.type: {settings.teacher['type']!r} is no teacher")
         if is_text and settings.alignment is None:
             raise ValueError(f"{path}.alignment is needed: its teacher speaks of words, not of frames")
         if settings.alignment is not None and not is_text:

@@ -24,11 +24,11 @@ from codec.features import Features, SpeechModel, at_frames, load_speech_model
 from recipes.crops import Place
 from recipes.data import Batch, SpeechData
 from recipes.feature_cache import CacheKey, FeatureCache
-from recipes.targets import Targets
+from recipes.targets import Targets, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechTeacherConfig:
+class SpeechTeacherConfig(TeacherConfig):
     """`source` as in `codec.features.load_speech_model`.
 
     `layers` is "last", the number of a layer, a list of layers, whose mean is taken, or "weighted": all of them, to be

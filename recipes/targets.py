@@ -13,6 +13,11 @@ from torch import Tensor
 PIECE, SPECIAL, PADDING = 0, 1, 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Base of the configurations of teachers."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """What a codec's frames should know.

@@ -26,7 +26,7 @@ from codec.config import register
 from codec.features import one_line, read_folder
 from recipes.crops import Place
 from recipes.data import Batch, SpeechData
-from recipes.targets import PADDING, PIECE, SPECIAL, Pieces
+from recipes.targets import PADDING, PIECE, SPECIAL, Pieces, TeacherConfig
 from recipes.words import Word, is_spoken, open_word_times
 
 CONTEXTS = ("crop", "recording")
@@ -35,7 +35,7 @@ _KEPT_BYTES = 2**28  # of what was made of whole recordings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTeacherConfig:
+class TextTeacherConfig(TeacherConfig):
     """`source`: a folder of `transformers` with weights in safetensors and a fast tokenizer. `words`: a file of times.
 
     `layers`: "last", the number of a hidden state (0 is what enters the first layer), a list of numbers for their mean,

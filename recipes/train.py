@@ -47,13 +47,18 @@ _FREE_ON_RESUME = (
     *("output_dir", "resume", "num_threads", "data.num_workers", "validation.num_examples", "trainer.max_steps"),
     *("trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
 )
+# Of a model, what weights do not depend on: how its quantizer learns.
+_FREE_FROM_WEIGHTS = tuple(
+    f"model.quantizer.{name}"
+    for name in ("ema_decay", "dead_threshold", "assignment", "gradient", "sinkhorn_epsilon", "num_sinkhorn_iterations")
+)
 
 
 def build_codec(settings: Settings) -> Codec:
     """The codec to train: new from `model`, or from `init_from` (a bundled name or a folder) with its weights.
 
-    Where both are given they must describe the same architecture; `model=none` takes whatever `init_from` is. A resumed
-    run has weights of its own.
+    Where both are given they must describe the same architecture, though its quantizer may learn otherwise;
+    `model=none` takes whatever `init_from` is. A resumed run has weights of its own.
     """
     if settings.init_from is None or settings.resume:
         if settings.model is None:
@@ -64,15 +69,22 @@ def build_codec(settings: Settings) -> Codec:
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
     codec = load(settings.init_from).requires_grad_(True).train()
-    if settings.model is not None:
-        wanted = codec_config.to_dict(codec_config.from_dict(settings.model, "model"))
-        changes = _changes(codec_config.to_dict(codec.config), wanted, "model")
-        if changes:
-            path, theirs, ours = changes[0]
-            raise ValueError(
-                f"init_from={settings.init_from} has another architecture than model: {path} is {theirs}, not {ours} "
-                "(model=none takes what init_from has)"
-            )
+    if settings.model is None:
+        return codec
+    config = codec_config.from_dict(settings.model, "model")
+    wanted = codec_config.to_dict(config)
+    changes = _changes(codec_config.to_dict(codec.config), wanted, "model")
+    others = [change for change in changes if change[0] not in _FREE_FROM_WEIGHTS]
+    if others:
+        path, theirs, ours = others[0]
+        raise ValueError(
+            f"init_from={settings.init_from} has another architecture than model: {path} is {theirs}, not {ours} "
+            "(model=none takes what init_from has)"
+        )
+    if changes:
+        tuned: Codec = codec_config.build(config)
+        tuned.load_state_dict(codec.state_dict())
+        return tuned
     return codec
 
 

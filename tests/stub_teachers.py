@@ -7,14 +7,14 @@ import torch
 
 from codec.config import register
 from recipes.data import Batch, SpeechData
-from recipes.targets import PADDING, PIECE, SPECIAL, Pieces, Targets
+from recipes.targets import PADDING, PIECE, SPECIAL, Pieces, Targets, TeacherConfig
 
 FRAMES: dict[str, Any] = {"teacher": {"type": "stub_frames"}}
 TEXT: dict[str, Any] = {"teacher": {"type": "stub_text"}, "alignment": {"type": "forced"}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StubFramesConfig:
+class StubFramesConfig(TeacherConfig):
     """`num_mixed_layers` as of a teacher; `first_frames`: only so many frames have a target."""
 
     num_mixed_layers: int | None = None
@@ -54,7 +54,7 @@ class StubFrames:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StubTextConfig:
+class StubTextConfig(TeacherConfig):
     """`silent_items`: crops, by number, in which nothing is said."""
 
     silent_items: tuple[int, ...] = ()
@@ -91,14 +91,3 @@ class StubText:
         if self.num_mixed_layers is not None:
             values = torch.stack([values * layer for layer in range(1, 1 + self.num_mixed_layers)], dim=2)
         return Pieces(values, kinds, spans)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoTeacherConfig:
-    """Of something that is built, and does not teach."""
-
-
-@register("stub_no_teacher", NoTeacherConfig)
-class NoTeacher:
-    def __init__(self, config: NoTeacherConfig) -> None:
-        self.config = config

@@ -12,6 +12,7 @@ from runs import compose, write_recordings
 from teachers import small_teachers
 
 import codec
+from codec.config import to_dict
 from codec.testing import tiny_codec
 from recipes.settings import parse
 from tools.compare_distillation import CONDITIONS, Comparison, run, table
@@ -69,6 +70,17 @@ def test_the_table_has_means_and_paired_intervals() -> None:
     assert table({"none": [{"a": 1.0}], "speech": [{"a": 0.5}]}).endswith("| speech | 0.500 (-0.500) |")
 
 
+def _tiny_model() -> list[str]:
+    """What makes the model of the experiment the tiny one."""
+    values = to_dict(tiny_codec().config)
+    quantizer = {name: values["quantizer"][name] for name in ("latent_dim", "num_stages", "codebook_size")}
+    changes = {name: value for name, value in values.items() if name not in ("type", "quantizer")}
+    return [
+        *(f"model.{name}={value}" for name, value in changes.items()),
+        *(f"model.quantizer.{name}={value}" for name, value in quantizer.items()),
+    ]
+
+
 def test_a_run_trains_is_exported_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recordings = write_recordings(tmp_path / "audio", num_samples=56000)
     model = tmp_path / "start"
@@ -83,7 +95,7 @@ def test_a_run_trains_is_exported_and_is_kept(tmp_path: Path, monkeypatch: pytes
         words=teachers["words"],
         init_from=str(model),
         max_steps=1,
-        overrides=("model=none", "data.num_workers=0", "trainer.accelerator=cpu", "data.batch_size=2"),
+        overrides=(*_tiny_model(), "data.num_workers=0", "trainer.accelerator=cpu", "data.batch_size=2"),
     )
     heard: list[Path] = []
 

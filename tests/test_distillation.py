@@ -142,7 +142,7 @@ def test_stubs_are_what_teachers_are() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"teacher": {"type": "stub_no_teacher"}}, ".teacher.type: 'stub_no_teacher' is no teacher"),
+        ({"teacher": {"type": "index"}}, ".teacher.type: 'index' does not fit here"),
         ({"teacher": {"type": "stub_fames"}}, ".teacher.type: 'stub_fames' is unknown"),
         ({"teacher": "FOLDER"}, ".teacher: expected a mapping"),
         ({"teacher": {"type": "stub_frames", "layer": 9}}, ".teacher.layer: stub_frames has no such setting"),

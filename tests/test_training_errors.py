@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from runs import ADVERSARY, LIGHTNING_WARNINGS, compose, tiny_run, write_recordings
 
@@ -16,7 +17,7 @@ from codec.config import to_dict
 from codec.testing import tiny_codec, tiny_config
 from recipes.module import CodecTraining
 from recipes.settings import parse
-from recipes.train import train
+from recipes.train import build_codec, train
 from tools.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +166,23 @@ def test_a_start_with_another_architecture_is_refused(recordings: Path, tmp_path
     assert "has another architecture than model: model.kernel_size is 5, not 3 (model=none takes" in message
     settings = parse(tiny_run(recordings, tmp_path / "run", start, model=None))
     assert settings.model is None
+
+
+def test_a_start_may_have_a_quantizer_that_learns_otherwise(recordings: Path, tmp_path: Path) -> None:
+    before = tiny_codec()
+    codec.save(before, tmp_path / "before", name="before@1", dtype="float32")
+    model = to_dict(before.config)
+    model["quantizer"] |= {"ema_decay": 0.9, "dead_threshold": 0.3}
+    settings = parse(tiny_run(recordings, tmp_path / "run", f"init_from={tmp_path / 'before'}", model=model))
+    tuned = build_codec(settings)
+    assert tuned.config.quantizer.ema_decay == 0.9
+    assert tuned.training
+    assert all(parameter.requires_grad for parameter in tuned.parameters())
+    for name, value in before.state_dict().items():
+        assert torch.equal(tuned.state_dict()[name], value), name
+    model["quantizer"]["num_groups"] = 2
+    message = _message(tiny_run(recordings, tmp_path / "run", f"init_from={tmp_path / 'before'}", model=model))
+    assert "model.quantizer.num_groups is 1, not 2" in message
 
 
 def test_a_checkpoint_of_another_architecture_is_not_exported(run: Path, tmp_path: Path) -> None:

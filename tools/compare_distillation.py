@@ -75,6 +75,8 @@ class Comparison:
             *(f"data.train_dir={self.train_dir}", f"data.dev_dir={self.dev_dir}", "num_threads=1"),
             *("data.batch_size=6", "data.crop_samples=48000", f"trainer.max_steps={self.max_steps}"),
             *(f"data.steps_per_epoch={self.max_steps}", "average={decay: 0.98}", "optimizer.lr=1e-3"),
+            # Or codebooks would not catch up with latents that have moved: an entry is dead after 300 steps otherwise.
+            *("model.quantizer.ema_decay=0.97", "model.quantizer.dead_threshold=0.3"),
             f"distillation=[{','.join(names)}]",
             *(f"distillation.{name}.weight={self.weight / len(names)}" for name in names),
         ]
@@ -223,7 +225,7 @@ def main() -> None:
     parser.add_argument("--num-word-files", type=int, default=24, help="recordings to count word errors on")
     parser.add_argument("--init-from", default="speech_16k")
     parser.add_argument("--max-steps", type=int, default=240)
-    parser.add_argument("--weight", type=float, default=3.0)
+    parser.add_argument("--weight", type=float, default=5.0)
     parser.add_argument("--num-quantizers", "-k", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))

@@ -194,7 +194,7 @@ class PocketsphinxRecogniser:
 
     def transcribe(self, audio: np.ndarray, rate_hz: int) -> str:
         """The words, in lower case; "" where there are none. Audio is float [T]."""
-        if len(audio) < _SHORTEST_SECONDS * rate_hz:
+        if len(audio) < _SHORTEST_SECONDS * rate_hz or not audio.any():  # it hears words in digital silence
             return ""
         decoder = _decoder()
         _decode(decoder, _pcm(audio, rate_hz))
