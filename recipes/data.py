@@ -260,12 +260,8 @@ class SpeechData(pl.LightningDataModule):
         return self._train
 
     def recordings(self) -> Iterator[tuple[str, Recording]]:
-        """All that training and validation can draw, each with the name of its source."""
-        self.setup()
-        assert self._train is not None
-        assert self._dev is not None
-        for crops in (self._train, self._dev):
-            yield from crops.pool.recordings()
+        """All that training can draw, each with the name of its source; validation asks no teacher."""
+        return self.crops().pool.recordings()
 
     def _pool(self, split: str) -> Pool:
         weights = self.settings.corpus_weights if split == "train" else None

@@ -186,11 +186,12 @@ def test_a_wrong_cache_is_told_before_the_first_step(folder: Path, recordings: P
         _teacher(folder, layers=1, cache=str(tmp_path / "nowhere"))
     teacher = _teacher(folder, layers=1, cache=str(cache))
     teacher.check(_data(recordings))
-    dev = tmp_path / "dev"
-    dev.mkdir()
-    soundfile.write(dev / "0.flac", speech_like(8000), 16000)
-    with pytest.raises(ValueError, match=r"cache lacks 0\.flac of .*dev: run tools\.cache_features for it"):
-        teacher.check(_data(recordings, dev_dir=str(dev)))
+    more = tmp_path / "more"
+    more.mkdir()
+    soundfile.write(more / "0.flac", speech_like(8000), 16000)
+    teacher.check(_data(recordings, dev_dir=str(more)))  # validation asks no teacher
+    with pytest.raises(ValueError, match=r"cache lacks 0\.flac of .*more: run tools\.cache_features for it"):
+        teacher.check(_data(recordings, train_dir=str(more)))
 
 
 def test_frames_of_another_rate_than_was_said_are_an_error(folder: Path) -> None:

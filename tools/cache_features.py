@@ -6,8 +6,8 @@
 
 SOURCE is a source of recordings as in training (recipes/corpora.py), given as the run will give it; MODEL a folder of
 `transformers`, "torchaudio:NAME" or "torchaudio:NAME=FILE". A run that was interrupted goes on when it is started
-again, and further sources, such as those of validation, are added to the same OUT by running it for each. A frame takes
-two bytes for each dimension of each layer: an hour of 50 Hz and 768 dimensions 276 MB.
+again, and further sources are added to the same OUT by running it for each. A frame takes two bytes for each dimension
+of each layer: an hour of 50 Hz and 768 dimensions 276 MB.
 
 Recordings that cannot be read are left out and listed; the exit status is 1 then, unless --skip-broken is given.
 """
