@@ -41,7 +41,7 @@ from scipy.stats import t as student_t
 
 CONDITIONS = ("none", "speech", "text_index", "text_forced", "speech_text")
 METRICS = ("pesq_wb", "stoi")
-SEMANTICS = ("purity", "pnmi", "probe", "abx_within", "abx_across")
+SEMANTICS = ("unseen_purity", "pnmi", "pnmi_by_chance", "probe", "abx_within", "abx_across")
 
 
 @dataclass(frozen=True)
