@@ -25,7 +25,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,28 @@ def at_frames(
 # Models
 
 
-class SpeechModel(nn.Module):
+class FrozenModel(nn.Module):
+    """What speech models have in common. `version` is the name and the start of the SHA-256 of the weights."""
+
+    def __init__(self, network: nn.Module, entrance: Entrance, *, name: str, version: str) -> None:
+        super().__init__()
+        self.name, self.version = name, version
+        self.sample_rate_hz, self.stride_samples = entrance.sample_rate_hz, entrance.stride_samples
+        self.network, self.entrance = network, entrance
+        self.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Changes nothing: the model stays in evaluation mode."""
+        super().train(False)
+        return self
+
+    @property
+    def frame_rate_hz(self) -> float:
+        """Frames a second."""
+        return self.sample_rate_hz / self.stride_samples
+
+
+class SpeechModel(FrozenModel):
     """A frozen speech model and its hidden states; made by `load_speech_model`.
 
     Always in evaluation mode and in float32, outside autocast and without gradients. Rows of a batch never influence
@@ -131,24 +152,9 @@ class SpeechModel(nn.Module):
         num_layers: int,
         feature_dim: int,
     ) -> None:
-        super().__init__()
-        self.name = name
-        self.version = version  # its name and the start of the SHA-256 of its weights: keys caches
+        super().__init__(network, entrance, name=name, version=version)
         self.num_layers, self.feature_dim = num_layers, feature_dim  # hidden states are 0..num_layers
-        self.sample_rate_hz, self.stride_samples = entrance.sample_rate_hz, entrance.stride_samples
-        self.network, self.entrance = network, entrance
         self._hidden_states = hidden_states
-        self.requires_grad_(False).train(False)
-
-    def train(self, mode: bool = True) -> SpeechModel:
-        """Changes nothing: the model stays in evaluation mode."""
-        super().train(False)
-        return self
-
-    @property
-    def frame_rate_hz(self) -> float:
-        """Frames a second."""
-        return self.sample_rate_hz / self.stride_samples
 
     def hidden(
         self, audio: Tensor, num_samples: Tensor | None = None, *, padding: str = "centered"
@@ -192,7 +198,7 @@ class SpeechModel(nn.Module):
         return by_length(self.entrance, audio, num_samples, padding, chosen)
 
 
-class CTCModel(nn.Module):
+class CTCModel(FrozenModel):
     """A frozen speech model with a CTC head; made by `load_ctc_model`. What `SpeechModel` says of inputs holds here.
 
     `labels[i]` is what column i stands for: the character, or the name of a special token. `blank` is the column of
@@ -211,18 +217,9 @@ class CTCModel(nn.Module):
         blank: int,
         delimiter: str,
     ) -> None:
-        super().__init__()
-        self.name, self.version = name, version
+        super().__init__(network, entrance, name=name, version=version)
         self.labels, self.blank, self.delimiter = labels, blank, delimiter
-        self.sample_rate_hz, self.stride_samples = entrance.sample_rate_hz, entrance.stride_samples
-        self.network, self.entrance = network, entrance
         self._logits = logits
-        self.requires_grad_(False).train(False)
-
-    def train(self, mode: bool = True) -> CTCModel:
-        """Changes nothing: the model stays in evaluation mode."""
-        super().train(False)
-        return self
 
     def log_probs(
         self, audio: Tensor, num_samples: Tensor | None = None, *, padding: str = "centered"

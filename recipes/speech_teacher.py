@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +23,14 @@ from codec.features import Features, SpeechModel, at_frames, load_speech_model
 from recipes.crops import Place
 from recipes.data import Batch, SpeechData
 from recipes.feature_cache import CacheKey, FeatureCache
-from recipes.targets import Targets, TeacherConfig
+from recipes.targets import LayeredTeacherConfig, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechTeacherConfig(TeacherConfig):
-    """`source` as in `codec.features.load_speech_model`.
+class SpeechTeacherConfig(LayeredTeacherConfig):
+    """`source` as in `codec.features.load_speech_model`. `cache`: a folder of precomputed features, or null."""
 
-    `layers` is "last", the number of a layer, a list of layers, whose mean is taken, or "weighted": all of them, to be
-    mixed by weights that are learned. `cache` is a folder of precomputed features, or null.
-    """
-
-    source: str
-    layers: Any = "last"
     cache: str | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        numbers = self.layers if isinstance(self.layers, tuple) else (self.layers,)
-        is_numbers = numbers and all(type(layer) is int for layer in numbers)
-        if self.layers not in ("last", "weighted") and not is_numbers:
-            raise ValueError(f'layers must be "last", "weighted", a number or a list of numbers, not {self.layers!r}')
 
 
 @register("speech_teacher", SpeechTeacherConfig)

@@ -26,7 +26,7 @@ from codec.config import register
 from codec.features import one_line, read_folder
 from recipes.crops import Place
 from recipes.data import Batch, SpeechData
-from recipes.targets import PADDING, PIECE, SPECIAL, Pieces, TeacherConfig
+from recipes.targets import PADDING, PIECE, SPECIAL, LayeredTeacherConfig, Pieces
 from recipes.words import Word, is_spoken, open_word_times
 
 CONTEXTS = ("crop", "recording")
@@ -35,11 +35,10 @@ _KEPT_BYTES = 2**28  # of what was made of whole recordings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTeacherConfig(TeacherConfig):
+class TextTeacherConfig(LayeredTeacherConfig):
     """`source`: a folder of `transformers` with weights in safetensors and a fast tokenizer. `words`: a file of times.
 
-    `layers`: "last", the number of a hidden state (0 is what enters the first layer), a list of numbers for their mean,
-    or "weighted" for all of them, to be mixed by learned weights. DM-Codec's "avg" is the list of all.
+    `layers` as of all teachers; DM-Codec's "avg" is the list of all.
 
     `context`: "crop" shows the model only the words of a crop, as published; "recording" shows it the whole transcript,
     and keeps what it makes of the crop's words.
@@ -48,20 +47,12 @@ class TextTeacherConfig(TeacherConfig):
     published; it goes with the context "crop". Without it a batch has as many slots as it needs, and padding is zero.
     """
 
-    source: str
     words: str
-    layers: Any = "last"
     context: str = "crop"
     num_slots: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        numbers = self.layers if isinstance(self.layers, tuple) else (self.layers,)
-        if self.layers not in ("last", "weighted") and not (
-            numbers and all(type(number) is int and number >= 0 for number in numbers)
-        ):
-            raise ValueError(f'layers={self.layers!r} is neither "last" nor "weighted" nor one or more layer numbers')
+        super().__post_init__()
         if self.context not in CONTEXTS:
             raise ValueError(f"context={self.context!r} is not one of {', '.join(map(repr, CONTEXTS))}")
         if self.num_slots is not None and self.context != "crop":

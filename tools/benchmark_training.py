@@ -34,7 +34,6 @@ import hydra
 import torch
 from hydra.errors import HydraException
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from codec.layers.conv import add_weight_norm
 from codec.models.interface import Codec
@@ -43,6 +42,7 @@ from codec.quantizers.interface import Quantized
 from codec.testing import speech_like
 from codec.token_format import DEFAULT_MODEL
 from recipes.adversary import Adversary
+from recipes.crops import Crops
 from recipes.data import SpeechData
 from recipes.losses import ReconstructionLoss
 from recipes.module import wants_weight_norm
@@ -276,7 +276,7 @@ def measure_parts(experiment: str, *, data: str, batch_size: int | None, num_run
     )
 
 
-def _crops(settings: Settings) -> Dataset[tuple[Tensor, int]]:
+def _crops(settings: Settings) -> Crops:
     codec = build_codec(settings)
     data = SpeechData(
         settings.data, sample_rate_hz=codec.sample_rate_hz, num_channels=codec.num_channels, seed=settings.seed

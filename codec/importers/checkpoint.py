@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+_Config = TypeVar("_Config")
 
 # Weight norm as a parametrization names its halves by numbers; the third spelling is a plain `weight`.
 _WEIGHT_NORM_SPELLINGS = (
@@ -36,6 +38,24 @@ def read_checkpoint(path: Path, *, allow_pickle: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except Exception as error:  # both raise types of their own
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def with_config(
+    source: Path, config: _Config | None, read_config: Callable[[Path], _Config], find: Callable[[Path], Path]
+) -> tuple[Path, _Config | None]:
+    """The file of weights, and its model's configuration: of a folder that of its config.json, else what was given."""
+    if not source.is_dir():
+        return source, config
+    if config is not None:
+        raise ValueError(f"{source} has a config.json, so config= cannot be given")
+    config = read_config(source / "config.json")
+    return find(source), config
+
+
+def transformers_weights(folder: Path) -> Path:
+    """The weights in a folder of `transformers`: safetensors where there are some."""
+    weights = folder / "model.safetensors"
+    return weights if weights.is_file() else folder / "pytorch_model.bin"
 
 
 def only_checkpoint(folder: Path) -> Path:

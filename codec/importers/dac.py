@@ -26,6 +26,7 @@ from codec.importers.checkpoint import (
     read_checkpoint,
     read_json,
     renamed,
+    transformers_weights,
 )
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ, DAC_44KHZ_16KBPS, DACCodec, DACConfig
 
@@ -82,9 +83,7 @@ def load_dac(
     described: DACConfig | None = None
     if path.is_dir():
         described = _of_transformers(path / "config.json")
-        path = path / "model.safetensors"
-        if not path.is_file():
-            path = path.with_name("pytorch_model.bin")
+        path = transformers_weights(path)
     content = read_checkpoint(path, allow_pickle=allow_pickle)
     if isinstance(content, dict) and "state_dict" in content:
         described = _of_package(content.get("metadata"), path)

@@ -27,6 +27,8 @@ from codec.importers.checkpoint import (
     read_checkpoint,
     read_json,
     renamed,
+    transformers_weights,
+    with_config,
 )
 from codec.models.seanet import SEANetCodec, SEANetConfig
 from codec.quantizers.interface import QuantizerConfig
@@ -75,14 +77,7 @@ def load_encodec(
 
     ValueError where a tensor is missing, unknown or of another shape than the config asks for; it names them.
     """
-    path = Path(source)
-    if path.is_dir():
-        if config is not None:
-            raise ValueError(f"{path} has a config.json, so config= cannot be given")
-        config = _read_config(path / "config.json")
-        path = path / "model.safetensors"
-        if not path.is_file():
-            path = path.with_name("pytorch_model.bin")
+    path, config = with_config(Path(source), config, _read_config, transformers_weights)
     tensors = checked_tensors(read_checkpoint(path, allow_pickle=allow_pickle), path)
     tensors, spellings = renamed(tensors, RENAMINGS, path)
     if config is None:

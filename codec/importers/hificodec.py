@@ -28,6 +28,7 @@ from codec.importers.checkpoint import (
     read_checkpoint,
     read_json,
     renamed,
+    with_config,
 )
 from codec.models.hificodec import (
     HIFICODEC_16K_320D,
@@ -64,12 +65,7 @@ def load_hificodec(
 
     ValueError where a tensor is missing, unknown or of another shape than the config asks for; it names them.
     """
-    path = Path(source)
-    if path.is_dir():
-        if config is not None:
-            raise ValueError(f"{path} has a config.json, so config= cannot be given")
-        config = read_config(path / "config.json")
-        path = only_checkpoint(path)
+    path, config = with_config(Path(source), config, read_config, only_checkpoint)
     if config is not None and sample_rate_hz not in (None, config.sample_rate_hz):
         raise ValueError(f"{path} is a model for {config.sample_rate_hz} Hz, not for {sample_rate_hz} Hz")
     tensors = checked_tensors(_flattened(read_checkpoint(path, allow_pickle=allow_pickle), path), path)

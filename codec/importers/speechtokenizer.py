@@ -31,6 +31,7 @@ from codec.importers.checkpoint import (
     read_checkpoint,
     read_json,
     renamed,
+    with_config,
 )
 from codec.importers.encodec import RENAMINGS, stack_codebooks
 from codec.models.seanet import SEANetCodec, SEANetConfig
@@ -63,12 +64,7 @@ def load_speechtokenizer(
 
     ValueError where a tensor is missing, unknown or of another shape than the config asks for; it names them.
     """
-    path = Path(source)
-    if path.is_dir():
-        if config is not None:
-            raise ValueError(f"{path} has a config.json, so config= cannot be given")
-        config = _read_config(path / "config.json")
-        path = only_checkpoint(path)
+    path, config = with_config(Path(source), config, _read_config, only_checkpoint)
     content = read_checkpoint(path, allow_pickle=allow_pickle)
     if isinstance(content, dict) and isinstance(content.get("generator"), dict):
         content = content["generator"]
