@@ -66,8 +66,9 @@ def test_the_table_has_means_and_paired_intervals() -> None:
     results = {"none": [{"stoi": 0.5}, {"stoi": 0.6}, {"stoi": 0.7}], "speech": [{"stoi": v} for v in (0.6, 0.8, 0.9)]}
     # Differences 0.1, 0.2, 0.2: their standard deviation is 0.0577, and t of two degrees of freedom 4.3027.
     rows = ["| | stoi |", "|---|---|", "| none | 0.600 |", "| speech | 0.767 (+0.167 ±0.143) |"]
-    assert table(results).splitlines() == rows
-    assert table({"none": [{"a": 1.0}], "speech": [{"a": 0.5}]}).endswith("| speech | 0.500 (-0.500) |")
+    assert table(results, ["stoi"]).splitlines() == rows
+    one = {"none": [{"a": 1.0, "b": 0.0}], "speech": [{"a": 0.5, "b": 0.0}]}
+    assert table(one, ["a"]).endswith("| speech | 0.500 (-0.500) |")
 
 
 def _tiny_model() -> list[str]:

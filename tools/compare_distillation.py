@@ -41,6 +41,7 @@ from scipy.stats import t as student_t
 
 CONDITIONS = ("none", "speech", "text_index", "text_forced", "speech_text")
 METRICS = ("pesq_wb", "stoi")
+_OF_ROW = ", row 0"
 SEMANTICS = ("unseen_purity", "pnmi", "pnmi_by_chance", "probe", "abx_within", "abx_across")
 
 
@@ -123,7 +124,7 @@ class Comparison:
         values[f"wer, {self.num_quantizers[-1]} rows"] = self.word_error_rate(model)
         for told in (told for system in found.systems for told in system.semantics):
             if told.rows == "0":
-                values |= {f"{name}, row 0": told.values[name].mean for name in SEMANTICS}
+                values |= {f"{name}{_OF_ROW}": told.values[name].mean for name in SEMANTICS}
         return values
 
     def word_error_rate(self, model: Path) -> float:
@@ -179,9 +180,8 @@ def _call(folder: Path, module: str, *arguments: str) -> None:
         raise ValueError(f"{folder.name}: {module} failed: {lines[-1] if lines else 'no message'}")
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def table(results: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[str]) -> str:
     """Means over seeds, and differences from `none` with 95 % intervals over seeds, as Markdown."""
-    columns = list(next(iter(results.values()))[0])
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for condition, runs in results.items():
         cells = []
@@ -247,7 +247,10 @@ def main() -> None:
                 raise
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(table(results))
+    columns = list(results[only[0]][0])
+    print(table(results, [column for column in columns if not column.endswith(_OF_ROW)]))
+    print()
+    print(table(results, [column for column in columns if column.endswith(_OF_ROW)]))
 
 
 if __name__ == "__main__":
