@@ -29,10 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from codec.audio import resample
+from codec.files import AtomicFile
 from recipes.corpora import Corpus, open_corpus, to_channels
 from recipes.data import RunSampler
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RATE_HZ = 16000
 _LONGEST_SECONDS = 20.0
 _SAVE_EVERY_N_STEPS = 200
@@ -169,20 +171,22 @@ def train_text_teacher(
     split: str = "train",
     vocabulary_size: int = 3000,
 ) -> None:
-    """Train on the transcripts of a source and write a folder `out` for `AutoModel`; otherwise as above."""
+    """Train on the transcripts of a source and write a folder `out` for `AutoModel`; otherwise as above.
+
+    Pieces of words that are equally frequent may differ from run to run, not within one that was interrupted.
+    """
     from tokenizers import BertWordPieceTokenizer
     from tokenizers.processors import BertProcessing
     from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
     texts = [text for _, text in transcripts(open_corpus(source, split=split), corpora)]
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts, vocab_size=vocabulary_size, min_frequency=2, show_progress=False)
-    # One that was just trained puts nothing around a text by itself.
-    ends = [(name, trained.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    trained._tokenizer.post_processor = BertProcessing(*ends)
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=512, **special)
+    pieces = _word_pieces(texts, vocabulary_size, out / "checkpoints" / "pieces.txt")
+    plain = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)}, lowercase=True)._tokenizer
+    # One that was just made puts nothing around a text by itself.
+    plain.post_processor = BertProcessing(*((name, pieces.index(name)) for name in ("[SEP]", "[CLS]")))
+    special = {f"{name[1:-1].lower()}_token": name for name in _SPECIAL}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=512, **special)
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -211,6 +215,21 @@ def train_text_teacher(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.rmtree(out / "checkpoints")
+
+
+def _word_pieces(texts: Sequence[str], vocabulary_size: int, file: Path) -> list[str]:
+    """The pieces of a vocabulary, special ones first. `tokenizers` breaks ties at random, so a run keeps its own."""
+    from tokenizers import BertWordPieceTokenizer
+
+    if not file.exists():
+        trained = BertWordPieceTokenizer(lowercase=True)
+        trained.train_from_iterator(texts, vocab_size=vocabulary_size, min_frequency=2, show_progress=False)
+        pieces = [*_SPECIAL, *sorted(trained.get_vocab().keys() - set(_SPECIAL))]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with AtomicFile(file) as new:
+            new.file.write("".join(f"{piece}\n" for piece in pieces).encode())
+            new.commit()
+    return file.read_text(encoding="utf-8").split()
 
 
 # Batches

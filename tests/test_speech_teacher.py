@@ -209,7 +209,7 @@ def test_settings_that_cannot_be_are_one_line_with_their_path(folder: Path) -> N
     assert config == SpeechTeacherConfig(source="m", layers=(1, 3))
     assert to_dict(config) == {"type": "speech_teacher", "source": "m", "layers": [1, 3], "cache": None}
     for layers in ("first", [], [1, "2"], 1.5, True, None, {"a": 1}):
-        with pytest.raises(ValueError, match=r'^teacher: layers must be "last", "weighted", a number or a list'):
+        with pytest.raises(ValueError, match=r"^teacher: layers=.* is neither \"last\" nor"):
             from_dict({"type": "speech_teacher", "source": "m", "layers": layers}, "teacher")
     with pytest.raises(ValueError, match="teacher: speech_teacher needs source"):
         from_dict({"type": "speech_teacher"}, "teacher")
