@@ -111,9 +111,9 @@ def at_frames(
 class FrozenModel(nn.Module):
     """What speech models have in common. `version` is the name and the start of the SHA-256 of the weights."""
 
-    def __init__(self, network: nn.Module, entrance: Entrance, *, name: str, version: str) -> None:
+    def __init__(self, network: nn.Module, entrance: Entrance, version: str) -> None:
         super().__init__()
-        self.name, self.version = name, version
+        self.name, self.version = version.partition(",")[0], version
         self.sample_rate_hz, self.stride_samples = entrance.sample_rate_hz, entrance.stride_samples
         self.network, self.entrance = network, entrance
         self.requires_grad_(False).train(False)
@@ -147,12 +147,11 @@ class SpeechModel(FrozenModel):
         entrance: Entrance,
         hidden_states: Callable[[nn.Module, Tensor], Sequence[Tensor]],
         *,
-        name: str,
         version: str,
         num_layers: int,
         feature_dim: int,
     ) -> None:
-        super().__init__(network, entrance, name=name, version=version)
+        super().__init__(network, entrance, version)
         self.num_layers, self.feature_dim = num_layers, feature_dim  # hidden states are 0..num_layers
         self._hidden_states = hidden_states
 
@@ -211,13 +210,12 @@ class CTCModel(FrozenModel):
         entrance: Entrance,
         logits: Callable[[nn.Module, Tensor], Tensor],
         *,
-        name: str,
         version: str,
         labels: tuple[str, ...],
         blank: int,
         delimiter: str,
     ) -> None:
-        super().__init__(network, entrance, name=name, version=version)
+        super().__init__(network, entrance, version)
         self.labels, self.blank, self.delimiter = labels, blank, delimiter
         self._logits = logits
 
@@ -245,7 +243,6 @@ def load_speech_model(source: str) -> SpeechModel:
             network,
             _bundle_entrance(bundle, network),
             _bundle_states,
-            name=version.partition(",")[0],
             version=version,
             num_layers=len(network.encoder.transformer.layers),
             feature_dim=network.encoder.transformer.layer_norm.normalized_shape[0],
@@ -255,7 +252,6 @@ def load_speech_model(source: str) -> SpeechModel:
         network,
         _folder_entrance(source, network.config),
         _folder_states,
-        name=version.partition(",")[0],
         version=version,
         num_layers=network.config.num_hidden_layers,
         feature_dim=network.config.hidden_size,
@@ -276,7 +272,6 @@ def load_ctc_model(source: str) -> CTCModel:
             network,
             _bundle_entrance(bundle, network),
             _bundle_logits,
-            name=version.partition(",")[0],
             version=version,
             labels=tuple(labels),
             blank=0,
@@ -294,7 +289,6 @@ def load_ctc_model(source: str) -> CTCModel:
         network,
         _folder_entrance(source, network.config),
         _folder_logits,
-        name=version.partition(",")[0],
         version=version,
         labels=tuple(columns.get(column, "") for column in range(network.config.vocab_size)),
         blank=tokenizer.pad_token_id,
