@@ -23,6 +23,7 @@ from codec.models import dac as _dac  # noqa: F401  (registers its configuration
 from codec.models import hificodec as _hificodec  # noqa: F401  (likewise)
 from codec.models import multirate as _multirate  # noqa: F401  (likewise)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
+from codec.models import semantic_global as _semantic_global  # noqa: F401  (likewise)
 from codec.models.interface import Codec
 from codec.quantizers import binary as _binary  # noqa: F401  (and of quantizers)
 from codec.quantizers import factorized as _factorized  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from codec.config import build
 from codec.models.multirate import MultirateCodec, MultirateConfig
+from codec.models.semantic_global import SemanticGlobalCodec, SemanticGlobalConfig
 from codec.quantizers.residual import ResidualVQConfig
+from codec.quantizers.semantic import SemanticAcousticConfig
 
 
 def tiny_config(**changes: Any) -> MultirateConfig:
@@ -35,6 +38,36 @@ def tiny_codec(*, seed: int = 0, **changes: Any) -> MultirateCodec:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec: MultirateCodec = build(tiny_config(**changes))
+    codec.codec_id = f"{seed:016x}"
+    return codec.eval().requires_grad_(False)
+
+
+def tiny_voiced_config(**changes: Any) -> SemanticGlobalConfig:
+    """As `tiny_config`, with 4 global codes of 64 values, heard in the first 4000 samples, and a semantic row of 48."""
+    values = {f.name: getattr(tiny_config(), f.name) for f in fields(MultirateConfig)} | {
+        "quantizer": SemanticAcousticConfig(
+            latent_dim=20,
+            semantic=ResidualVQConfig(latent_dim=8, num_stages=1, codebook_size=48),
+            acoustic=ResidualVQConfig(latent_dim=12, num_stages=3, codebook_size=32),
+        ),
+        "semantic_channels": 16,
+        "semantic_blocks": 2,
+        "num_global_codes": 4,
+        "voice_levels": (4, 4, 4),
+        "voice_dim": 16,
+        "voice_samples": 4000,
+        "speaker_channels": 16,
+    }
+    return SemanticGlobalConfig(**values | changes)
+
+
+def tiny_voiced_codec(*, seed: int = 0, **changes: Any) -> SemanticGlobalCodec:
+    """As `tiny_codec`, of a family with global codes; the voice is heard in every sample."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        codec: SemanticGlobalCodec = build(tiny_voiced_config(**changes))
+        for weight in codec.decoder.voicing.parameters():
+            torch.nn.init.normal_(weight, std=0.2)  # zeros, before training
     codec.codec_id = f"{seed:016x}"
     return codec.eval().requires_grad_(False)
 

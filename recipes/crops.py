@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ class Pool:
         self.num_recordings = len(chosen)
         self.longest_samples = max(entry[3] for entry in chosen)  # at the pool's rate
         self._told: set[str] = set()
+        self._entries: dict[tuple[str, str], tuple[int, int]] | None = None  # built where references are drawn
 
     def recordings(self) -> Iterator[tuple[str, Recording]]:
         """All that can be drawn, each with the name of its source."""
@@ -125,6 +127,43 @@ class Pool:
             first_sample = first * recording.sample_rate_hz // self.sample_rate_hz
             return audio, Place(str(corpus.source), recording, first_sample)
         raise AudioError(f"{_MAX_DRAWS} recordings in a row could not be read, the last: {last}")
+
+    def draw_reference(
+        self, rng: np.random.Generator, place: Place, num_crop_samples: int, num_samples: int
+    ) -> np.ndarray:
+        """A random stretch [C, num_samples] of the recording that a crop is of, to know the voice by.
+
+        The crop itself is silenced in it where at least a quarter of the stretch is left. A recording that is too short
+        is repeated.
+        """
+        corpus, index = self._find(place)
+        recording = place.recording
+        length = self._length(recording)
+        first = int(rng.integers(max(0, length - num_samples) + 1))
+        audio = read_stretch(
+            corpus,
+            index,
+            first,
+            min(length, first + num_samples),
+            sample_rate_hz=self.sample_rate_hz,
+            num_channels=self.num_channels,
+        )
+        begin = place.first_sample * self.sample_rate_hz // recording.sample_rate_hz - first
+        at = np.arange(audio.shape[1])
+        is_crop = (at >= begin) & (at < begin + num_crop_samples)
+        if np.count_nonzero(~is_crop) >= num_samples // 4:
+            audio = np.where(is_crop, 0.0, audio).astype(np.float32)
+        return np.tile(audio, -(-num_samples // audio.shape[1]))[:, :num_samples]
+
+    def _find(self, place: Place) -> tuple[Corpus, int]:
+        """The corpus of a crop, and its recording's index there."""
+        if self._entries is None:
+            self._entries = {
+                (str(self._corpora[corpus].source), self._corpora[corpus].recordings[index].path): (corpus, int(index))
+                for corpus, index in zip(self._corpus, self._index, strict=True)
+            }
+        corpus, index = self._entries[place.source, place.recording.path]
+        return self._corpora[corpus], index
 
     def _length(self, recording: Recording) -> int:
         return resampled_length(recording.num_samples, recording.sample_rate_hz, self.sample_rate_hz)
@@ -168,8 +207,17 @@ def read_stretch(
     return fit_length(np.pad(audio, ((0, 0), (first - start, 0))), stop - start)
 
 
-class Crops(Dataset[tuple[Tensor, int, Place]]):
-    """Item i is (float32 tensor [C, crop_samples], i, its place), drawn from `pool` by (seed, i), without end.
+class Crop(NamedTuple):
+    """An item of `Crops`: the crop, its number, where it comes from, and the reference for its voice, if one is."""
+
+    audio: Tensor  # float32 [C, crop_samples]
+    item: int
+    place: Place
+    reference: Tensor | None  # float32 [C, reference_samples]
+
+
+class Crops(Dataset[Crop]):
+    """Item i is a `Crop`, drawn from `pool` by (seed, i), without end.
 
     A crop whose RMS is below `min_rms_db` is drawn again, up to three times, so that long silences are seen but do not
     fill the batches. What `augmentation` draws is drawn apart: the crops are the same with and without it.
@@ -183,18 +231,25 @@ class Crops(Dataset[tuple[Tensor, int, Place]]):
         seed: int,
         augmentation: Augmentation,
         min_rms_db: float = -45.0,
+        reference_samples: int | None = None,
     ) -> None:
         self.pool = pool
+        self.reference_samples = reference_samples
         self.crop_samples = crop_samples
         self.seed = seed
         self.augmentation = augmentation
         self.min_rms = 10.0 ** (min_rms_db / 20.0)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int, Place]:
+    def __getitem__(self, item: int) -> Crop:
         rng = np.random.default_rng((self.seed, item, 1))
         response = self.augmentation.draw_room(rng)
         crop, place = self._draw(item, response.shape[1] - 1)
-        return torch.from_numpy(np.ascontiguousarray(self.augmentation(crop, response, rng))), item, place
+        audio = torch.from_numpy(np.ascontiguousarray(self.augmentation(crop, response, rng)))
+        if self.reference_samples is None:
+            return Crop(audio, item, place, None)
+        rng = np.random.default_rng((self.seed, item, 2))
+        reference = self.pool.draw_reference(rng, place, self.crop_samples, self.reference_samples)
+        return Crop(audio, item, place, torch.from_numpy(np.ascontiguousarray(reference)))
 
     def _draw(self, item: int, num_before: int) -> tuple[np.ndarray, Place]:
         rng = np.random.default_rng((self.seed, item))

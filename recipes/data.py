@@ -1,6 +1,6 @@
 """What training and validation hear: batches of crops, in an order that follows from (seed, step, rank) alone.
 
-    train_dataloader(), val_dataloader() -> batches `Batch(audio, items, places)`
+    train_dataloader(), val_dataloader() -> batches `Batch(audio, items, places, reference)`
 
 Any number of workers, a run that was interrupted, and two processes with half the batch each see the same items.
 """
@@ -23,18 +23,19 @@ from torch.utils.data import DataLoader, Sampler
 
 from recipes.augment import Augmentation, AugmentConfig
 from recipes.corpora import Corpus, PackedCorpus, open_corpus
-from recipes.crops import Crops, Place, Pool
+from recipes.crops import Crop, Crops, Place, Pool
 from recipes.recordings import Recording, Skipped
 
 _SHOWN = 10  # skipped recordings that a warning names
 
 
 class Batch(NamedTuple):
-    """Crops, their numbers, and where they come from."""
+    """Crops, their numbers, where they come from, and references for their voices, where `reference_samples` is."""
 
     audio: Tensor  # float32 [B, C, T]
     items: Tensor  # int64 [B]
     places: tuple[Place, ...]
+    reference: Tensor | None = None  # float32 [B, C, R]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class DataSettings:
     dev: list[SourceSettings] | None = None
     batch_size: int = 16
     crop_samples: int = 16000
+    reference_samples: int | None = None
     steps_per_epoch: int = 250
     num_workers: int = 1
     corpus_weights: dict[str, float] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class DataSettings:
         for name in ("batch_size", "crop_samples", "steps_per_epoch", "num_dev_items", "dev_crop_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.reference_samples is not None and self.reference_samples < 1:
+            raise ValueError(f"reference_samples must be positive or null, not {self.reference_samples}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, not {self.num_workers}")
         for split in ("train", "dev"):
@@ -219,9 +223,15 @@ class SpeechData(pl.LightningDataModule):
             num_channels=self.num_channels,
         )
         self._dev = self._crops(dev, settings.dev_crop_samples, seed=0, augmentation=level_only)
-        self._train = self._crops(train, settings.crop_samples, seed=self.seed, augmentation=augmentation)
+        self._train = self._crops(
+            train,
+            settings.crop_samples,
+            seed=self.seed,
+            augmentation=augmentation,
+            reference_samples=settings.reference_samples,
+        )
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int, Place]]:
+    def train_dataloader(self) -> DataLoader[Crop]:
         """Batches of the next epoch."""
         trainer, settings = self.trainer, self.settings
         assert trainer is not None
@@ -242,7 +252,7 @@ class SpeechData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int, Place]]:
+    def val_dataloader(self) -> DataLoader[Crop]:
         """The same crops in every process and every time, their level set but not augmented."""
         self.setup()
         assert self._dev is not None
@@ -251,7 +261,8 @@ class SpeechData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Lightning's hook; by itself it would try to rebuild the places."""
-        return Batch(batch.audio.to(device), batch.items.to(device), batch.places)
+        reference = None if batch.reference is None else batch.reference.to(device)
+        return Batch(batch.audio.to(device), batch.items.to(device), batch.places, reference)
 
     def crops(self) -> Crops:
         """All training items; which of them a step has is for the loader."""
@@ -295,13 +306,22 @@ class SpeechData(pl.LightningDataModule):
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from error
 
-    def _crops(self, pool: Pool, crop_samples: int, *, seed: int, augmentation: Augmentation) -> Crops:
+    def _crops(
+        self,
+        pool: Pool,
+        crop_samples: int,
+        *,
+        seed: int,
+        augmentation: Augmentation,
+        reference_samples: int | None = None,
+    ) -> Crops:
         return Crops(
             pool,
             crop_samples=crop_samples,
             seed=seed,
             augmentation=augmentation,
             min_rms_db=self.settings.min_rms_db,
+            reference_samples=reference_samples,
         )
 
     @rank_zero_only
@@ -320,7 +340,12 @@ class SpeechData(pl.LightningDataModule):
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def collate(items: Sequence[tuple[Tensor, int, Place]]) -> Batch:
+def collate(crops: Sequence[Crop]) -> Batch:
     """One batch of numbered crops."""
-    audio, numbers, places = zip(*items, strict=True)
-    return Batch(torch.stack(audio), torch.tensor(numbers), places)
+    references = [crop.reference for crop in crops if crop.reference is not None]
+    return Batch(
+        torch.stack([crop.audio for crop in crops]),
+        torch.tensor([crop.item for crop in crops]),
+        tuple(crop.place for crop in crops),
+        torch.stack(references) if references else None,
+    )

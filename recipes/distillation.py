@@ -102,7 +102,10 @@ class Objective(nn.Module):
         if settings.alignment is not None:
             dims = (latent_dim, feature_dim)
             self.alignment = _built(settings.alignment, AlignmentConfig, f"{path}.alignment", *dims)
-        self.heads = nn.ModuleList(nn.Linear(latent_dim, feature_dim) for _ in self.stages or (None,))
+        self.heads = nn.ModuleList(
+            nn.Linear(len(range(latent_dim)[_dims_of(quantizer, stage)]), feature_dim)
+            for stage in self.stages or (None,)
+        )
         mixed = self.teacher.num_mixed_layers
         self.layer_logits = nn.Parameter(torch.zeros(mixed)) if mixed else None
 
@@ -164,8 +167,9 @@ class Students:
 
     def stage(self, number: int | None) -> tuple[Tensor, Tensor]:
         """Frames [B, F, E] of one stage, or with None of the sum of all that are there, and which are there [B, F]."""
+        dims = _dims_of(self._quantizer, number)
         if self._quantized is None:
-            return self.latents, torch.ones_like(self.latents[:, :, 0], dtype=torch.bool)
+            return self.latents[:, :, dims], torch.ones_like(self.latents[:, :, 0], dtype=torch.bool)
         codes = self._quantized.codes
         if number is None:
             return self._quantized.latents.transpose(1, 2), codes[:, 0] >= 0
@@ -175,7 +179,12 @@ class Students:
             if rows[0]:
                 entries = entries - self._quantizer.decode(codes[:, : rows[0]])
         entries = entries.transpose(1, 2)
-        return self.latents + (entries - self.latents).detach(), codes[:, rows[1] - 1] >= 0
+        latents = self.latents[:, :, dims]
+        return latents + (entries[:, :, dims] - latents).detach(), codes[:, rows[1] - 1] >= 0
+
+
+def _dims_of(quantizer: Quantizer, stage: int | None) -> slice:
+    return slice(None) if stage is None else quantizer.dims_of_stage(stage)
 
 
 class Distillation(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codec.layers.conv import add_weight_norm
 from codec.models.interface import Codec
+from codec.models.voice import VoicedCodec
 from codec.quantizers.interface import Quantized
 from recipes.adversary import Adversary, Heard
 from recipes.averaging import WeightAverage
@@ -23,6 +24,7 @@ from recipes.losses import ReconstructionLoss, si_sdr_db
 from recipes.optimizers import build_optimizer, gradient_norms, schedule_factor
 from recipes.quantization import QuantizerTraining
 from recipes.settings import OptimizerSettings, Settings, check_weights, loss_names
+from recipes.voice import VoiceTraining
 
 _MOST_NAMED_ITEMS = 8
 
@@ -66,6 +68,9 @@ class CodecTraining(pl.LightningModule):
                 codec.config.quantizer.latent_dim,
                 frame_rate_hz=codec.sample_rate_hz / codec.hop_length,
             )
+        self.voice = VoiceTraining(codec, settings.voice) if isinstance(codec, VoicedCodec) else None
+        if settings.voice is not None and self.voice is None:
+            raise ValueError("voice: this model has no global codes")
         self._check_weights()
         self.balancer = self._new_balancer()
         self._is_logging = False
@@ -91,9 +96,13 @@ class CodecTraining(pl.LightningModule):
             students = Students(self.codec.quantizer, latents, quantized)
             return passed
 
-        estimate = self.codec.reconstruct(audio, quantize).float()
+        voice_losses: dict[str, Tensor] = {}
+        if self.voice is None:
+            estimate = self.codec.reconstruct(audio, quantize).float()
+        else:
+            estimate, voice_losses = self.voice.reconstruct(batch, quantize, step, draws)
         heard_losses = self.reconstruction(estimate, audio)
-        inner_losses = {} if quantized is None else dict(quantized.losses)
+        inner_losses = voice_losses if quantized is None else voice_losses | quantized.losses
         logged: dict[str, Any] = {}
         if self.distillation is not None and students is not None:
             distilled = self.distillation(batch, students, step=step, sample_rate_hz=self.codec.sample_rate_hz)
@@ -255,7 +264,8 @@ class CodecTraining(pl.LightningModule):
     def _weights(self) -> dict[str, float]:
         adversarial = self.adversary.settings.weights if self.adversary is not None else {}
         distilled = self.distillation.weights_in(self.global_step) if self.distillation is not None else {}
-        return self.settings.loss.weights | adversarial | distilled
+        voiced = self.voice.weights if self.voice is not None else {}
+        return self.settings.loss.weights | adversarial | distilled | voiced
 
     def _check_weights(self) -> None:
         """Every loss has a weight and every weight a loss, and validation asks for what there is."""

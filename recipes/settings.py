@@ -209,6 +209,26 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VoiceSettings:
+    """How a codec with global codes learns voices; see `recipes.voice`.
+
+    Before `warmup_steps` the x-vector stands for the voice vector; then the loss "speaker" draws the one to the other,
+    with `speaker_weight`. `disguise`: the lowest and the highest factor by which the spectra that row 0 hears are
+    stretched, drawn for every item.
+    """
+
+    warmup_steps: int = 0
+    speaker_weight: float = 1.0
+    disguise: tuple[float, ...] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.speaker_weight < 0.0:
+            raise ValueError("warmup_steps and speaker_weight must not be negative")
+        if len(self.disguise) != 2 or not 0.0 < self.disguise[0] <= self.disguise[1]:
+            raise ValueError(f"disguise must be [lowest, highest], both positive, got {list(self.disguise)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AverageSettings:
     """A moving average of the weights, which validation and export use; see `recipes.averaging`."""
 
@@ -242,15 +262,19 @@ class Settings:
     model: Any = None
     adversary: AdversarySettings | None = None
     distillation: dict[str, ObjectiveSettings] | None = None
+    voice: VoiceSettings | None = None
     average: AverageSettings | None = None
     weight_norm: bool | None = None
     seed: int = 0
     num_threads: int | None = None
     resume: bool = False
     init_from: str | None = None
+    warm_start: str | None = None
 
     def __post_init__(self) -> None:
-        _check_trainer(self.trainer)
+        if self.init_from is not None and self.warm_start is not None:
+            raise ValueError("init_from takes all weights of a model, warm_start those that fit: only one of them")
+        check_trainer(self.trainer)
 
     @property
     def max_steps(self) -> int:
@@ -332,7 +356,8 @@ def one_line(error: Exception) -> str:
     return f"{path}: {message}" if path and path not in message else message
 
 
-def _check_trainer(trainer: dict[str, Any]) -> None:
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """ValueError for a section `trainer` that sets what a recipe sets itself, or what there is not."""
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     for key in trainer:
         if key in _NOT_OF_THE_TRAINER:

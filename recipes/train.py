@@ -5,6 +5,7 @@ and `best.ckpt` by a value of validation), logs, and the configuration that made
 last checkpoint there, and comes to the same numbers as a run that was never interrupted.
 
 `init_from=` starts from the weights of a model that `codec.load` finds, imported ones included; discriminators are new.
+`warm_start=` starts another architecture from those of its weights that fit.
 
 `trainer.max_time=00:02:00:00` ends a run after two hours of this process, and SIGTERM ends it after the step that it is
 in; both leave a checkpoint to resume from. The exit status is then 0 and 143; 1 where something is wrong, in one line.
@@ -65,9 +66,12 @@ def build_codec(settings: Settings) -> Codec:
             raise ValueError("model or init_from is needed")
         config = codec_config.from_dict(settings.model, "model")
         try:
-            return _checked(codec_config.build(config))
+            new = _checked(codec_config.build(config))
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
+        if settings.warm_start is not None and not settings.resume:
+            _take_over(new, settings.warm_start)
+        return new
     codec = load(settings.init_from).requires_grad_(True).train()
     if settings.model is None:
         return codec
@@ -86,6 +90,16 @@ def build_codec(settings: Settings) -> Codec:
         tuned.load_state_dict(codec.state_dict())
         return tuned
     return codec
+
+
+def _take_over(codec: Codec, source: str) -> None:
+    """Give a codec all weights of another model that have the names and shapes of its own, and say how many."""
+    own, theirs = codec.state_dict(), load(source).state_dict()
+    fitting = {name: value for name, value in theirs.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise ValueError(f"warm_start={source}: none of its weights has the name and shape of one of this model's")
+    codec.load_state_dict(own | fitting)
+    print(f"warm_start: {len(fitting)} of {len(own)} tensors are those of {source}")
 
 
 def train(config: DictConfig) -> CodecTraining:

@@ -116,7 +116,7 @@ def test_every_experiment_composes_to_settings_that_can_be(experiment: str) -> N
     if experiment in PUBLISHED:
         assert model == PUBLISHED[experiment]
         assert f"{experiment}_tiny" in EXPERIMENTS
-    ours = {"speech_16k", "speech_16k_distilled"}
+    ours = {"speech_16k", "speech_16k_distilled", "semantic_global_16k"}
     assert (settings.adversary is None) == (experiment.removesuffix("_tiny") in ours)
 
 

@@ -84,6 +84,7 @@ class Codec(nn.Module, ABC):
     decode_delay_samples: int
     decode_frames_before: int
     decode_frames_after: int
+    num_global_codes: int = 0  # of a recording; codecs that have any are `codec.models.voice.VoicedCodec`s
     # Whether, in float32, streams, batches and padding give the same bits as a recording alone, in one go.
     is_bit_exact: bool = False
     # How far before the beginning of a frame the encoder hears; what `codec.windows` needs to know.

@@ -85,11 +85,11 @@ class MultirateCodec(StreamableCodec):
         self.sample_rate_hz = config.sample_rate_hz
         self.hop_length = config.patch_samples * prod(config.strides)
         self.decode_delay_samples = config.decode_delay_frames * self.hop_length
-        self.encoder = Sequential(_encoder_layers(config))
+        self.encoder = Sequential(encoder_layers(config, config.quantizer.latent_dim))
         self.quantizer: Quantizer = build(config.quantizer)
         self.quantizer.check_framewise()
-        self.decoder = Sequential(_decoder_layers(config))
-        self.decode_frames_before = max(0, _decoder_past_frames(config) - config.decode_delay_frames)
+        self.decoder = Sequential(decoder_layers(config, config.quantizer.latent_dim))
+        self.decode_frames_before = max(0, decoder_past_frames(config) - config.decode_delay_frames)
         self.decode_frames_after = config.decode_delay_frames
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
@@ -155,7 +155,8 @@ class MultirateCodec(StreamableCodec):
         return rows.flatten(1).float(), state
 
 
-def _encoder_layers(config: MultirateConfig) -> list[CausalLayer]:
+def encoder_layers(config: MultirateConfig, latent_dim: int) -> list[CausalLayer]:
+    """From patches [B, T, patch] to latents [B, F, D], without the scale."""
     channels = config.encoder_channels
     layers: list[CausalLayer] = [
         History(config.patch_samples, config.window_patches - 1),
@@ -165,12 +166,13 @@ def _encoder_layers(config: MultirateConfig) -> list[CausalLayer]:
         if rate:
             layers.append(Downsample(channels[rate - 1], channels[rate], config.strides[rate - 1]))
         layers += _blocks(config, channels[rate], num_blocks, sum(config.encoder_blocks))
-    return [*layers, Linear(channels[-1], config.quantizer.latent_dim)]
+    return [*layers, Linear(channels[-1], latent_dim)]
 
 
-def _decoder_layers(config: MultirateConfig) -> list[CausalLayer]:
+def decoder_layers(config: MultirateConfig, latent_dim: int) -> list[CausalLayer]:
+    """From latents [B, F, D] to patches [B, T, patch]."""
     channels = config.decoder_channels
-    layers: list[CausalLayer] = [Linear(config.quantizer.latent_dim, channels[-1])]
+    layers: list[CausalLayer] = [Linear(latent_dim, channels[-1])]
     for rate in reversed(range(len(channels))):
         layers += _blocks(config, channels[rate], config.decoder_blocks[rate], sum(config.decoder_blocks))
         if rate:
@@ -181,7 +183,7 @@ def _decoder_layers(config: MultirateConfig) -> list[CausalLayer]:
     return [*layers, History(channels[0], config.window_patches - 1), head]
 
 
-def _decoder_past_frames(config: MultirateConfig) -> int:
+def decoder_past_frames(config: MultirateConfig) -> int:
     """How many frames before the last one that came in the decoder's newest output hears, rounded up."""
     steps_per_frame = prod(config.strides)
     past_frames = Fraction(config.window_patches - 1, steps_per_frame)

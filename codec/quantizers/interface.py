@@ -64,6 +64,10 @@ class Quantizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, K', F] of any valid prefix -> latents [B, D, F]; -1 marks an absent stage."""
 
+    def dims_of_stage(self, stage: int) -> slice:
+        """Which dims of the latents a stage is about; here all of them."""
+        return slice(None)
+
     @property
     def is_framewise(self) -> bool:
         """Whether the codes of a frame depend on its own latents alone; if not, no stream gives those of the file."""

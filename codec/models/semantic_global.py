@@ -1,0 +1,274 @@
+"""Semantic codes, global codes for the voice, and acoustic refinement: the multirate family, for language models.
+
+    audio -> log-mel -> blocks at 50 Hz -> semantic latents -> row 0 of the codes        (what is said)
+    audio -> encoder of the multirate family -> acoustic latents -> the rows after it    (how exactly it sounded)
+    the first seconds, or a reference -> speaker encoder -> global codes                 (who says it)
+    codes -> latents -> decoder of the multirate family, every rate of it told the voice -> audio
+
+Row 0 and the global codes are enough to decode: that is what a language model writes. Every further row refines, and
+carries more of the speaker. One file serves both.
+
+All of it but the speaker encoder is causal and made of layers whose rows are exact (`codec.kernels.row_linear`), so a
+stream gives the same bits as a file. The speaker encoder hears one recording at a time, as a whole.
+
+While training, the semantic encoder may hear voices whose spectra are stretched at random (`disguise`), so that it
+cannot tell whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codec.config import build, register
+from codec.layers.causal import CausalLayer, ConvNeXtBlock, Downsample, Linear, Sequential, State, Upsample, leaves
+from codec.layers.spectra import LogMel
+from codec.models.interface import StreamableCodec
+from codec.models.multirate import MultirateConfig, decoder_layers, decoder_past_frames, encoder_layers
+from codec.models.speaker import SpeakerEncoder
+from codec.models.voice import Voice, VoicedCodec
+from codec.quantizers.interface import QuantizerConfig
+from codec.quantizers.scalar import FSQ, FSQConfig
+from codec.quantizers.semantic import SemanticAcousticConfig, SemanticAcousticQuantizer
+from codec.tokens import Tokens
+
+_MELS_PER_FRAME, _NUM_MELS, _WINDOW_HOPS = 2, 80, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticGlobalConfig(MultirateConfig):
+    """`MultirateConfig`, and the semantic encoder and the voice beside it.
+
+    `quantizer` is a `SemanticAcousticConfig`. `num_global_codes` codes of `voice_levels` each say the voice; they are
+    made of the first `voice_samples` samples where no reference is given. `voice_dim`: V, `speaker_channels`: the width
+    of the speaker encoder.
+    """
+
+    quantizer: QuantizerConfig
+    semantic_channels: int = 192
+    semantic_blocks: int = 6
+    num_global_codes: int = 32
+    voice_levels: tuple[int, ...] = (4, 4, 4, 4, 4, 4)
+    voice_dim: int = 192
+    voice_samples: int = 48000
+    speaker_channels: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.quantizer, SemanticAcousticConfig):
+            raise ValueError("quantizer must be of type 'semantic_acoustic': row 0 has an encoder of its own")
+        for name in ("semantic_channels", "semantic_blocks", "num_global_codes", "voice_dim", "voice_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.speaker_channels < 8:
+            raise ValueError(f"speaker_channels must be 8 or more, got {self.speaker_channels}")
+        if self.patch_samples * prod(self.strides) % _MELS_PER_FRAME:
+            raise ValueError(f"a frame must be a multiple of {_MELS_PER_FRAME} samples")
+
+
+@register("semantic_global", SemanticGlobalConfig)
+class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
+    """A streamable mono codec with global codes; see `VoicedCodec` and `StreamableCodec`."""
+
+    num_channels = 1
+    is_bit_exact = True
+    is_disguisable = True
+    encode_delay_samples = 0
+    quantizer: SemanticAcousticQuantizer
+    voice_quantizer: FSQ
+
+    def __init__(self, config: SemanticGlobalConfig) -> None:
+        super().__init__()
+        assert isinstance(config.quantizer, SemanticAcousticConfig)
+        self.config = config
+        self.sample_rate_hz = config.sample_rate_hz
+        self.hop_length = config.patch_samples * prod(config.strides)
+        self.decode_delay_samples = config.decode_delay_frames * self.hop_length
+        acoustic_dim = config.quantizer.acoustic.latent_dim
+        self.semantic_encoder = _SemanticEncoder(config, self.hop_length, config.quantizer.semantic.latent_dim)
+        self.encoder = Sequential(encoder_layers(config, acoustic_dim))
+        self.quantizer = build(config.quantizer)
+        self.quantizer.check_framewise()
+        self.decoder = _VoicedDecoder(decoder_layers(config, acoustic_dim), config)
+        self.speaker_encoder = SpeakerEncoder(
+            sample_rate_hz=config.sample_rate_hz, channels=config.speaker_channels, x_vector_dim=config.voice_dim
+        )
+        num_levels = len(config.voice_levels)
+        self.to_voice_latents = nn.Linear(config.voice_dim, config.num_global_codes * num_levels)
+        nn.init.normal_(self.to_voice_latents.weight, std=config.voice_dim**-0.5)
+        self.voice_quantizer = build(FSQConfig(latent_dim=num_levels, num_stages=1, levels=config.voice_levels))
+        self.from_voice_latents = Linear(config.num_global_codes * num_levels, config.voice_dim)
+        self.num_global_codes = config.num_global_codes
+        self.voice_samples = config.voice_samples
+        self.decode_frames_before = max(0, decoder_past_frames(config) - config.decode_delay_frames)
+        self.decode_frames_after = config.decode_delay_frames
+        self.codebook_sizes = self.quantizer.codebook_sizes
+        self.valid_num_quantizers = self.quantizer.valid_num_quantizers
+
+    # Steps
+
+    @torch.inference_mode()
+    def encode_init(self, batch_size: int) -> State:
+        return self._encode_state(batch_size)
+
+    @torch.inference_mode()
+    def encode_step(self, audio: Tensor, state: State, *, num_quantizers: int | None = None) -> tuple[Tensor, State]:
+        if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] % self.hop_length:
+            raise ValueError(f"audio must be [B, 1, n * {self.hop_length}], got {tuple(audio.shape)}")
+        latents, state = self._encode_latents(audio[:, 0], state)
+        return self.quantizer.encode(latents, num_quantizers=num_quantizers), state
+
+    @torch.inference_mode()
+    def encode_flush(self, state: State, *, num_quantizers: int | None = None) -> Tensor:
+        batch_size = next(leaves(state)).shape[0]
+        num_rows = self.quantizer.check_num_quantizers(num_quantizers)
+        return torch.zeros(batch_size, num_rows, 0, dtype=torch.int64, device=self.quantizer.device)
+
+    @torch.inference_mode()
+    def decode_init(self, batch_size: int, global_codes: Tensor | None = None) -> State:
+        return self.decoder.voiced_state(self.voice_of(self.checked_global_codes(global_codes, batch_size)))
+
+    @torch.inference_mode()
+    def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
+        if codes.dim() != 3 or codes.dtype != torch.int64:
+            raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
+        rows, state = self.decoder.step(self._acoustic(self.quantizer.decode(codes)).transpose(1, 2), state)
+        return rows.flatten(1)[:, None], state
+
+    @torch.inference_mode()
+    def decode_flush(self, state: State) -> Tensor:
+        batch_size = next(leaves(state)).shape[0]
+        absent = torch.full((batch_size, 1, self.config.decode_delay_frames), -1, device=self.quantizer.device)
+        return self.decode_step(absent, state)[0]
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        audio: Tensor,
+        num_samples: Tensor | None = None,
+        *,
+        num_quantizers: int | None = None,
+        global_codes: Tensor | None = None,
+    ) -> Tokens:
+        tokens = super().encode(audio, num_samples, num_quantizers=num_quantizers)
+        if global_codes is None:
+            global_codes = self.encode_global(audio, tokens.num_samples)
+        return replace(tokens, global_codes=self.checked_global_codes(global_codes, len(tokens.codes)))
+
+    # Networks, shared by training and inference
+
+    def analyze(self, audio: Tensor, disguise: Tensor | None = None) -> Tensor:
+        """As `MultirateCodec.analyze`, latents [B, D, F + delay]; `disguise` [B] as `LogMel` has its `stretch`."""
+        num_frames = self.num_frames_for(audio.shape[2]) + self.config.decode_delay_frames
+        padded = F.pad(audio[:, 0], (0, num_frames * self.hop_length - audio.shape[2]))
+        return self._encode_latents(padded, self._encode_state(len(audio)), disguise)[0]
+
+    def synthesize(self, latents: Tensor, num_samples: int, voice: Tensor | None = None) -> Tensor:
+        if voice is None:
+            raise ValueError("this codec needs a voice to speak with")
+        rows, _ = self.decoder.step(self._acoustic(latents).transpose(1, 2), self.decoder.voiced_state(voice))
+        return rows.flatten(1).float()[:, None, self.decode_delay_samples :][:, :, :num_samples]
+
+    def hear_voice(self, reference: Tensor) -> Voice:
+        x_vector = self.speaker_encoder(reference[:, 0]).float()
+        x_vector = F.layer_norm(x_vector, x_vector.shape[-1:])
+        latents = self.to_voice_latents(x_vector).float()
+        return Voice(x_vector, latents.unflatten(1, (len(self.config.voice_levels), self.num_global_codes)))
+
+    def voice_vector(self, latents: Tensor) -> Tensor:
+        vector: Tensor = self.from_voice_latents(latents.flatten(1)).float()
+        return vector
+
+    def _encode_state(self, batch_size: int) -> State:
+        return self.semantic_encoder.init_state(batch_size), self.encoder.init_state(batch_size)
+
+    def _encode_latents(self, audio: Tensor, state: State, disguise: Tensor | None = None) -> tuple[Tensor, State]:
+        """Audio [B, F * hop] -> latents [B, D, F]; semantic and acoustic ones have unit scale each."""
+        semantic_state, acoustic_state = state
+        semantic, semantic_state = self.semantic_encoder.step(audio, semantic_state, disguise)
+        patches = audio.unflatten(1, (audio.shape[1] // self.config.patch_samples, self.config.patch_samples))
+        acoustic, acoustic_state = self.encoder.step(patches, acoustic_state)
+        parts = [F.layer_norm(rows.float(), rows.shape[-1:]) for rows in (semantic, acoustic)]
+        return torch.cat(parts, dim=2).transpose(1, 2), (semantic_state, acoustic_state)
+
+    def _acoustic(self, latents: Tensor) -> Tensor:
+        return latents[:, self.quantizer.dims_of_stage(1)]
+
+
+class _SemanticEncoder(nn.Module):
+    """Audio [B, F * hop] -> rows [B, F, S]: log-mel at twice the frame rate, then blocks at the frame rate."""
+
+    def __init__(self, config: SemanticGlobalConfig, hop_length: int, latent_dim: int) -> None:
+        super().__init__()
+        self.mel_hop_samples = hop_length // _MELS_PER_FRAME
+        self.mels = LogMel(
+            sample_rate_hz=config.sample_rate_hz,
+            hop_samples=self.mel_hop_samples,
+            window_hops=_WINDOW_HOPS,
+            num_mels=_NUM_MELS,
+        )
+        channels, num_blocks = config.semantic_channels, config.semantic_blocks
+        sizes = {"kernel_size": config.kernel_size, "expansion": config.expansion, "num_blocks": num_blocks}
+        blocks = [ConvNeXtBlock(channels, **sizes) for _ in range(num_blocks)]
+        self.layers = Sequential(
+            [Downsample(_NUM_MELS, channels, _MELS_PER_FRAME), *blocks, Linear(channels, latent_dim)]
+        )
+
+    def init_state(self, batch_size: int) -> State:
+        return self.mels.init_state(batch_size), self.layers.init_state(batch_size)
+
+    def step(self, audio: Tensor, state: State, stretch: Tensor | None) -> tuple[Tensor, State]:
+        mel_state, state = state
+        hops = audio.unflatten(1, (audio.shape[1] // self.mel_hop_samples, self.mel_hop_samples))
+        mels, mel_state = self.mels.step(hops, mel_state, stretch)
+        rows, state = self.layers.step(mels, state)
+        return rows, (mel_state, state)
+
+
+class _VoicedDecoder(Sequential):
+    """The decoder of the multirate family, whose rows are scaled and shifted by the voice wherever a rate begins.
+
+    The names of its layers are those of that family, so weights of one may begin the other. Scales and shifts are part
+    of the state: they are computed once for a stream.
+    """
+
+    def __init__(self, layers: list[CausalLayer], config: SemanticGlobalConfig) -> None:
+        super().__init__(layers)
+        # Before the first block of each rate: after the first linear layer, and after each upsampling.
+        self._places = [1, *(place + 1 for place, layer in enumerate(layers) if isinstance(layer, Upsample))]
+        self.voicing = nn.ModuleList(
+            Linear(config.voice_dim, 2 * channels) for channels in reversed(config.decoder_channels)
+        )
+        for layer in cast("Iterator[Linear]", self.voicing):
+            nn.init.zeros_(layer.weight)
+
+    def init_state(self, batch_size: int) -> State:
+        """Of a voice that neither scales nor shifts."""
+        like = next(self.voicing.parameters())
+        return self._with_layers(
+            tuple(like.new_zeros(batch_size, layer.weight.shape[0]) for layer in cast("Iterator[Linear]", self.voicing))
+        )
+
+    def voiced_state(self, voice: Tensor) -> State:
+        """The state of decoders with these voices [B, V], before any latents."""
+        return self._with_layers(tuple(layer(voice).float() for layer in cast("Iterator[Linear]", self.voicing)))
+
+    def _with_layers(self, voicing: tuple[Tensor, ...]) -> State:
+        return voicing, super().init_state(len(voicing[0]))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        voicing, before = state
+        after = []
+        for place, (layer, old) in enumerate(zip(self._layers(), before, strict=True)):
+            if place in self._places:
+                scale, shift = cast("Tensor", voicing[self._places.index(place)])[:, None].chunk(2, dim=2)
+                x = x * (1.0 + scale) + shift
+            x, new = layer.step(x, old)
+            after.append(new)
+        return x, (voicing, tuple(after))
