@@ -270,7 +270,8 @@ class CodecTraining(pl.LightningModule):
     def _check_weights(self) -> None:
         """Every loss has a weight and every weight a loss, and validation asks for what there is."""
         inner = loss_names(self.codec.quantizer, self.codec.config.quantizer.latent_dim)
-        check_weights(self.settings.loss.weights, {*self.reconstruction.names, *inner}, "loss.weights")
+        own = self.codec.own_losses if isinstance(self.codec, VoicedCodec) else ()
+        check_weights(self.settings.loss.weights, {*self.reconstruction.names, *inner, *own}, "loss.weights")
         known = (*self.reconstruction.names, "total", "si_sdr_db")
         if self.settings.validation.monitor not in known:
             raise ValueError(f"validation.monitor={self.settings.validation.monitor!r} is not one of {known}")

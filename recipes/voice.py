@@ -41,7 +41,7 @@ class VoiceTraining:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights of the losses that `reconstruct` gives."""
+        """The weights of the losses that `reconstruct` gives, but the model's own, which are in `loss.weights`."""
         return {"speaker": self.settings.speaker_weight}
 
     def reconstruct(
@@ -51,7 +51,8 @@ class VoiceTraining:
         voice, losses = self.voices(batch.audio if batch.reference is None else batch.reference, step)
         disguise = self._draw_disguise(len(batch.audio), draws)
         disguise = None if disguise is None else disguise.to(batch.audio.device)
-        return self.codec.reconstruct(batch.audio, quantize, voice, disguise).float(), losses
+        audio, own_losses = self.codec.reconstruct_for_training(batch.audio, quantize, voice, disguise)
+        return audio.float(), losses | own_losses
 
     def voices(self, references: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """References [B, C, R] -> what the decoder is told of them [B, V], and losses."""

@@ -1,6 +1,7 @@
 """Our own codec with semantic and global codes: bits, lengths, causality, and who hears the voice."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 import codec
 from codec.config import build, from_dict
-from codec.layers.causal import leaves, where_rows
-from codec.models.interface import AudioCodec
+from codec.layers.causal import Linear, leaves, where_rows
+from codec.layers.pitch import track_pitch
+from codec.models.interface import UNLIMITED, AudioCodec
 from codec.models.multirate import MultirateConfig
 from codec.models.semantic_global import SemanticGlobalCodec
 from codec.models.voice import VoicedCodec
@@ -155,14 +157,14 @@ def test_the_encoder_is_causal_and_the_decoder_looks_one_frame_ahead() -> None:
 
 
 def test_the_decoder_hears_as_far_back_as_it_says() -> None:
-    tokens = CODEC.encode(_audio(60 * HOP))
-    late = 40
+    tokens = CODEC.encode(_audio(200 * HOP))
     changed = dataclasses.replace(tokens, codes=tokens.codes.clone())
-    early = changed.codes[:, :, : late - CODEC.decode_frames_before]
-    early.copy_((early + 1) % 32)
+    changed.codes[:, :, 0] = (changed.codes[:, :, 0] + 1) % 32
     before, after = CODEC.decode(tokens), CODEC.decode(changed)
-    assert torch.equal(before[:, :, late * HOP :], after[:, :, late * HOP :])
-    assert not torch.equal(before, after)
+    # The phase of the pulses goes on from there for ever.
+    assert CODEC.decode_frames_before == UNLIMITED
+    assert not torch.equal(before[:, :, 150 * HOP :], after[:, :, 150 * HOP :])
+    torch.testing.assert_close(before[:, :, 150 * HOP :], after[:, :, 150 * HOP :], rtol=0, atol=0.1)
 
 
 def test_one_row_of_a_batch_can_begin_anew_with_another_voice() -> None:
@@ -191,6 +193,38 @@ def test_reconstruction_is_in_the_voice_that_is_given_or_else_in_its_own() -> No
     voice = CODEC.voice_of(CODEC.encode_global(audio))
     assert torch.equal(CODEC.reconstruct(audio, lambda latents: latents, voice), own)
     assert not torch.allclose(CODEC.reconstruct(audio, lambda latents: latents, -voice), own, atol=1e-3)
+
+
+def test_training_has_pulses_at_the_pitch_of_the_audio_and_teaches_the_decoder_its_own() -> None:
+    model = tiny_voiced_codec().requires_grad_(True)
+    with torch.no_grad():  # pulses alone, as loud as can be
+        for layer in model.decoder.layers:
+            if isinstance(layer, Linear) and layer.weight.shape[0] == 4:
+                layer.weight.zero_()
+        bias = model.decoder.shape_source.bias
+        assert bias is not None
+        bias[1:41] = 0.0
+        bias[41:] = -20.0
+    time = torch.arange(16000) / 16000
+    harmonics = torch.arange(1, 20)[:, None]
+    audio = torch.sin(2 * torch.pi * 150 * harmonics * time).mean(0)[None, None]
+    voice = torch.zeros(1, 16)
+    heard, losses = model.reconstruct_for_training(audio, lambda latents: latents, voice)
+    assert heard.shape == audio.shape
+    pitch_hz, is_voiced = track_pitch(heard[0], sample_rate_hz=16000, hop_samples=160)
+    assert is_voiced[0, 10:-10].all()
+    torch.testing.assert_close(pitch_hz[0, 10:-10], torch.full((80,), 150.0), rtol=0.01, atol=0)
+    # Alone it speaks at a pitch of its own, and learns which one it should be.
+    own_hz, _ = track_pitch(
+        model.reconstruct(audio, lambda latents: latents, voice)[0], sample_rate_hz=16000, hop_samples=160
+    )
+    error = (own_hz[0, 10:-10].log() - math.log(150.0)).abs().median()
+    assert error > 0.02
+    assert 0.5 * error < losses["pitch"] < 2.0 * error  # a mean, and of the first and last rows, too
+    losses["pitch"].backward()
+    assert model.decoder.shape_source.weight.grad is not None
+    assert model.decoder.shape_source.weight.grad[0].any()
+    assert not model.decoder.shape_source.weight.grad[1:].any()
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -241,6 +275,9 @@ def test_impossible_configurations() -> None:
         tiny_voiced_config(speaker_channels=7)
     with pytest.raises(ValueError, match="a multiple of 2 samples"):
         tiny_voiced_config(patch_samples=3, strides=(1, 1))
+    one_rate = {f"{part}_{what}": (8,) for part in ("encoder", "decoder") for what in ("channels", "blocks")}
+    with pytest.raises(ValueError, match="strides must name at least one"):
+        tiny_voiced_config(strides=(), **one_rate)
     assert {f.name for f in dataclasses.fields(MultirateConfig)} <= {
         f.name for f in dataclasses.fields(tiny_voiced_config())
     }

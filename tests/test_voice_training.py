@@ -27,7 +27,7 @@ from tools.export import export
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
-WEIGHTS = {"semantic_commitment": 0.5, "prediction": 0.5}
+WEIGHTS = {"semantic_commitment": 0.5, "prediction": 0.5, "pitch": 0.5}
 VOICE: dict[str, Any] = {"warmup_steps": 1, "speaker_weight": 0.5, "disguise": [0.8, 1.25]}
 SECTIONS: dict[str, Any] = {
     "model": to_dict(tiny_voiced_config(voice_samples=3200)),
@@ -156,7 +156,7 @@ def test_the_x_vector_comes_first_and_the_voice_is_drawn_to_it() -> None:
 def test_the_reference_says_the_voice_and_else_the_item_itself() -> None:
     model = tiny_voiced_codec()
     training = VoiceTraining(model, None)
-    other = _batch().audio.flip(2)
+    other = torch.randn(2, 1, 6400, generator=_draws())
 
     def heard(batch: Batch) -> Tensor:
         return training.reconstruct(batch, lambda latents: latents, 5, _draws())[0]

@@ -28,7 +28,7 @@ def export(run: Path, out: Path, *, name: str, checkpoint: str = "last.ckpt", dt
         raise ValueError(f"{file} does not exist")
     config = OmegaConf.load(run / "config.yaml")
     assert isinstance(config, DictConfig)
-    settings = replace(parse(config), init_from=None)  # the model is written out there
+    settings = replace(parse(config), init_from=None, warm_start=None)  # the model is written out there
     codec = build_codec(settings)
     if wants_weight_norm(codec, settings):
         add_weight_norm(codec)

@@ -4,9 +4,15 @@
     audio -> encoder of the multirate family -> acoustic latents -> the rows after it    (how exactly it sounded)
     the first seconds, or a reference -> speaker encoder -> global codes                 (who says it)
     codes -> latents -> decoder of the multirate family, every rate of it told the voice -> audio
+                           '-> pitch, and gains of pulses and noise (codec.layers.source) -> added to it
 
 Row 0 and the global codes are enough to decode: that is what a language model writes. Every further row refines, and
 carries more of the speaker. One file serves both.
+
+Codes of row 0 say nothing of phase, and a network without memory cannot go on with a period: what it would give back
+whispers. So the decoder also says how a train of pulses and noise are to be shaped, and a layer that keeps the phase
+makes them. With refinement it learns to do without. That phase reaches back to the beginning, so a file can be sought
+only by decoding all that comes before.
 
 All of it but the speaker encoder is causal and made of layers whose rows are exact (`codec.kernels.row_linear`), so a
 stream gives the same bits as a file. The speaker encoder hears one recording at a time, as a whole.
@@ -17,7 +23,8 @@ cannot tell whose they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
@@ -28,9 +35,11 @@ from torch import Tensor, nn
 
 from codec.config import build, register
 from codec.layers.causal import CausalLayer, ConvNeXtBlock, Downsample, Linear, Sequential, State, Upsample, leaves
+from codec.layers.pitch import track_pitch
+from codec.layers.source import HIGHEST_HZ, LOWEST_HZ, HarmonicNoise
 from codec.layers.spectra import LogMel
-from codec.models.interface import StreamableCodec
-from codec.models.multirate import MultirateConfig, decoder_layers, decoder_past_frames, encoder_layers
+from codec.models.interface import UNLIMITED, StreamableCodec
+from codec.models.multirate import MultirateConfig, decoder_layers, encoder_layers
 from codec.models.speaker import SpeakerEncoder
 from codec.models.voice import Voice, VoicedCodec
 from codec.quantizers.interface import QuantizerConfig
@@ -38,6 +47,7 @@ from codec.quantizers.scalar import FSQ, FSQConfig
 from codec.quantizers.semantic import SemanticAcousticConfig, SemanticAcousticQuantizer
 from codec.tokens import Tokens
 
+_FIRST_LOG_GAIN, _MOST_LOG_GAIN = -5.0, 3.0
 _MELS_PER_FRAME, _NUM_MELS, _WINDOW_HOPS = 2, 80, 3
 
 
@@ -47,7 +57,7 @@ class SemanticGlobalConfig(MultirateConfig):
 
     `quantizer` is a `SemanticAcousticConfig`. `num_global_codes` codes of `voice_levels` each say the voice; they are
     made of the first `voice_samples` samples where no reference is given. `voice_dim`: V, `speaker_channels`: the width
-    of the speaker encoder.
+    of the speaker encoder. Pulses and noise are shaped in `source_bands` bands.
     """
 
     quantizer: QuantizerConfig
@@ -58,16 +68,26 @@ class SemanticGlobalConfig(MultirateConfig):
     voice_dim: int = 192
     voice_samples: int = 48000
     speaker_channels: int = 128
+    source_bands: int = 40
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.quantizer, SemanticAcousticConfig):
             raise ValueError("quantizer must be of type 'semantic_acoustic': row 0 has an encoder of its own")
-        for name in ("semantic_channels", "semantic_blocks", "num_global_codes", "voice_dim", "voice_samples"):
+        for name in (
+            "semantic_channels",
+            "semantic_blocks",
+            "num_global_codes",
+            "voice_dim",
+            "voice_samples",
+            "source_bands",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.speaker_channels < 8:
             raise ValueError(f"speaker_channels must be 8 or more, got {self.speaker_channels}")
+        if not self.strides:
+            raise ValueError("strides must name at least one: pulses are shaped at the second fastest rate")
         if self.patch_samples * prod(self.strides) % _MELS_PER_FRAME:
             raise ValueError(f"a frame must be a multiple of {_MELS_PER_FRAME} samples")
 
@@ -79,6 +99,7 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
     num_channels = 1
     is_bit_exact = True
     is_disguisable = True
+    own_losses = ("pitch",)
     encode_delay_samples = 0
     quantizer: SemanticAcousticQuantizer
     voice_quantizer: FSQ
@@ -106,7 +127,7 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         self.from_voice_latents = Linear(config.num_global_codes * num_levels, config.voice_dim)
         self.num_global_codes = config.num_global_codes
         self.voice_samples = config.voice_samples
-        self.decode_frames_before = max(0, decoder_past_frames(config) - config.decode_delay_frames)
+        self.decode_frames_before = UNLIMITED
         self.decode_frames_after = config.decode_delay_frames
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
@@ -138,8 +159,9 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
     def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
         if codes.dim() != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
-        rows, state = self.decoder.step(self._acoustic(self.quantizer.decode(codes)).transpose(1, 2), state)
-        return rows.flatten(1)[:, None], state
+        rows = self._acoustic(self.quantizer.decode(codes)).transpose(1, 2)
+        audio, _, state = self.decoder.step(rows, state)
+        return audio[:, None], state
 
     @torch.inference_mode()
     def decode_flush(self, state: State) -> Tensor:
@@ -170,10 +192,39 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         return self._encode_latents(padded, self._encode_state(len(audio)), disguise)[0]
 
     def synthesize(self, latents: Tensor, num_samples: int, voice: Tensor | None = None) -> Tensor:
+        return self._synthesize(latents, num_samples, voice, None)[0]
+
+    def reconstruct_for_training(
+        self, audio: Tensor, quantize: Callable[[Tensor], Tensor], voice: Tensor, disguise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `VoicedCodec` says. The pulses have the pitch of the audio where it is voiced, so that they can fit.
+
+        The loss "pitch" is the mean absolute difference of the logarithms of that pitch and of the decoder's own.
+        """
+        size = self.decoder.source.row_samples
+        # A row of pulses is heard `delay_rows` later, and the audio `decode_delay_samples` later still.
+        center = self.decoder.source.delay_rows * size - self.decode_delay_samples + size // 2
+        num_samples = audio.shape[2]
+        padded = F.pad(audio[:, 0], (0, self.decode_delay_samples + -num_samples % self.hop_length))
+        with torch.autocast(audio.device.type, enabled=False):
+            tracked, is_voiced = track_pitch(
+                padded, sample_rate_hz=self.sample_rate_hz, hop_samples=size, first_center=center
+            )
+        heard, own = self._synthesize(
+            quantize(self.analyze(audio, disguise)), num_samples, voice, torch.where(is_voiced, tracked, torch.nan)
+        )
+        error = torch.where(is_voiced, (own.log() - tracked.log()).abs(), 0.0)
+        return heard, {"pitch": error.sum() / is_voiced.sum().clamp_min(1)}
+
+    def _synthesize(
+        self, latents: Tensor, num_samples: int, voice: Tensor | None, pitch_hz: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Audio [B, 1, num_samples], and the decoder's own pitch [B, R]; see `_VoicedDecoder.step`."""
         if voice is None:
             raise ValueError("this codec needs a voice to speak with")
-        rows, _ = self.decoder.step(self._acoustic(latents).transpose(1, 2), self.decoder.voiced_state(voice))
-        return rows.flatten(1).float()[:, None, self.decode_delay_samples :][:, :, :num_samples]
+        rows, state = self._acoustic(latents).transpose(1, 2), self.decoder.voiced_state(voice)
+        audio, own, _ = self.decoder.step(rows, state, pitch_hz)
+        return audio[:, None, self.decode_delay_samples :][:, :, :num_samples], own
 
     def hear_voice(self, reference: Tensor) -> Voice:
         x_vector = self.speaker_encoder(reference[:, 0]).float()
@@ -231,15 +282,17 @@ class _SemanticEncoder(nn.Module):
         return rows, (mel_state, state)
 
 
-class _VoicedDecoder(Sequential):
+class _VoicedDecoder(nn.Module):
     """The decoder of the multirate family, whose rows are scaled and shifted by the voice wherever a rate begins.
 
     The names of its layers are those of that family, so weights of one may begin the other. Scales and shifts are part
-    of the state: they are computed once for a stream.
+    of the state: they are computed once for a stream. Pulses and noise are shaped by the rows of the second fastest
+    rate.
     """
 
     def __init__(self, layers: list[CausalLayer], config: SemanticGlobalConfig) -> None:
-        super().__init__(layers)
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
         # Before the first block of each rate: after the first linear layer, and after each upsampling.
         self._places = [1, *(place + 1 for place, layer in enumerate(layers) if isinstance(layer, Upsample))]
         self.voicing = nn.ModuleList(
@@ -247,28 +300,50 @@ class _VoicedDecoder(Sequential):
         )
         for layer in cast("Iterator[Linear]", self.voicing):
             nn.init.zeros_(layer.weight)
-
-    def init_state(self, batch_size: int) -> State:
-        """Of a voice that neither scales nor shifts."""
-        like = next(self.voicing.parameters())
-        return self._with_layers(
-            tuple(like.new_zeros(batch_size, layer.weight.shape[0]) for layer in cast("Iterator[Linear]", self.voicing))
+        self._last_upsampling = self._places[-1] - 1
+        self.source = HarmonicNoise(
+            sample_rate_hz=config.sample_rate_hz,
+            row_samples=config.patch_samples * config.strides[0],
+            num_bands=config.source_bands,
         )
+        self.source_norm = nn.LayerNorm(config.decoder_channels[1])
+        self.shape_source = Linear(config.decoder_channels[1], 1 + 2 * config.source_bands)
+        with torch.no_grad():
+            self.shape_source.weight.mul_(0.1)
+            assert self.shape_source.bias is not None
+            self.shape_source.bias.fill_(_FIRST_LOG_GAIN)
+            self.shape_source.bias[0] = 0.0
 
     def voiced_state(self, voice: Tensor) -> State:
         """The state of decoders with these voices [B, V], before any latents."""
-        return self._with_layers(tuple(layer(voice).float() for layer in cast("Iterator[Linear]", self.voicing)))
+        voicing = tuple(layer(voice).float() for layer in cast("Iterator[Linear]", self.voicing))
+        before = tuple(layer.init_state(len(voice)) for layer in cast("Iterator[CausalLayer]", self.layers))
+        return voicing, before, self.source.init_state(len(voice))
 
-    def _with_layers(self, voicing: tuple[Tensor, ...]) -> State:
-        return voicing, super().init_state(len(voicing[0]))
+    def step(self, x: Tensor, state: State, pitch_hz: Tensor | None = None) -> tuple[Tensor, Tensor, State]:
+        """Rows [B, F, A] -> audio [B, F * hop], the pitch of its pulses [B, R] in Hz, and the state after it.
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        voicing, before = state
+        A given pitch [B, R] takes the place of the decoder's own in the pulses, where it is not NaN.
+        """
+        voicing, before, source_state = state
         after = []
-        for place, (layer, old) in enumerate(zip(self._layers(), before, strict=True)):
+        pitch = gains = x
+        for place, (layer, old) in enumerate(zip(cast("Iterator[CausalLayer]", self.layers), before, strict=True)):
+            if place == self._last_upsampling:
+                pitch, gains = self._shape(x)
             if place in self._places:
                 scale, shift = cast("Tensor", voicing[self._places.index(place)])[:, None].chunk(2, dim=2)
                 x = x * (1.0 + scale) + shift
             x, new = layer.step(x, old)
             after.append(new)
-        return x, (voicing, tuple(after))
+        told = pitch if pitch_hz is None else torch.where(pitch_hz.isnan(), pitch, pitch_hz)
+        voiced, source_state = self.source.step(told, gains, source_state)
+        return x.flatten(1).float() + voiced.flatten(1), pitch, (voicing, tuple(after), source_state)
+
+    def _shape(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, R, C] -> pitch [B, R] and logarithms of gains [B, R, 2 * bands]."""
+        said = self.shape_source(self.source_norm(x)).float()
+        # Contiguous: elementwise functions round differently on strided memory; `exp2` does even by how much there is.
+        share = torch.tanh(said[:, :, 0].contiguous() / 2)
+        pitch_hz = math.sqrt(LOWEST_HZ * HIGHEST_HZ) * (share * (math.log(HIGHEST_HZ / LOWEST_HZ) / 2)).exp()
+        return pitch_hz, said[:, :, 1:].clamp_max(_MOST_LOG_GAIN)

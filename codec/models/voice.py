@@ -44,6 +44,7 @@ class VoicedCodec(Codec):
     voice_quantizer: Quantizer
     voice_samples: int
     num_semantic_quantizers: int = 1
+    own_losses: tuple[str, ...] = ()  # the names of what `reconstruct_for_training` adds to the losses
     is_disguisable: bool = False  # whether `analyze` can have voices disguised from the encoder of row 0
 
     @property
@@ -79,6 +80,12 @@ class VoicedCodec(Codec):
             voice = self.voice_of(self.encode_global(audio))
         return self.synthesize(quantize(self.analyze(audio, disguise)), audio.shape[2], voice)
 
+    def reconstruct_for_training(
+        self, audio: Tensor, quantize: Callable[[Tensor], Tensor], voice: Tensor, disguise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `reconstruct`, and the losses that a model of this family has of its own, unweighted."""
+        return self.reconstruct(audio, quantize, voice, disguise), {}
+
     @torch.inference_mode()
     def encode_global(self, reference: Tensor, num_samples: Tensor | None = None) -> Tensor:
         """References [B, C, T] -> global codes int64 [B, L]. Each is heard alone, so that none depends on the others.
@@ -112,5 +119,6 @@ class VoicedCodec(Codec):
 def voiced(codec: Codec) -> VoicedCodec:
     """The codec itself, where it keeps the voice apart; ValueError where it does not."""
     if not isinstance(codec, VoicedCodec):
-        raise ValueError(f"{codec.name or type(codec).__name__} has no global codes that say the voice")
+        name = codec.name or type(codec).__name__
+        raise ValueError(f"{name} does not keep the voice apart: that takes a model with global codes")
     return codec
