@@ -164,7 +164,6 @@ def test_the_decoder_hears_as_far_back_as_it_says() -> None:
     # The phase of the pulses goes on from there for ever.
     assert CODEC.decode_frames_before == UNLIMITED
     assert not torch.equal(before[:, :, 150 * HOP :], after[:, :, 150 * HOP :])
-    torch.testing.assert_close(before[:, :, 150 * HOP :], after[:, :, 150 * HOP :], rtol=0, atol=0.1)
 
 
 def test_one_row_of_a_batch_can_begin_anew_with_another_voice() -> None:
@@ -193,6 +192,25 @@ def test_reconstruction_is_in_the_voice_that_is_given_or_else_in_its_own() -> No
     voice = CODEC.voice_of(CODEC.encode_global(audio))
     assert torch.equal(CODEC.reconstruct(audio, lambda latents: latents, voice), own)
     assert not torch.allclose(CODEC.reconstruct(audio, lambda latents: latents, -voice), own, atol=1e-3)
+
+
+def test_frames_of_row_0_alone_are_pulses_and_noise_and_nothing_else() -> None:
+    silent = tiny_voiced_codec()
+    with torch.no_grad():
+        silent.decoder.shape_source.weight.zero_()
+        assert silent.decoder.shape_source.bias is not None
+        silent.decoder.shape_source.bias.fill_(-50.0)
+    tokens = silent.encode(_audio(12 * HOP))
+    assert silent.decode(tokens.prefix(1)).abs().max() < 1e-15
+    frames = silent.decode(tokens).unflatten(2, (12, HOP)).abs().amax(3)[0, 0]
+    assert (frames > 1e-4).all()  # the last one, too
+    some = dataclasses.replace(tokens, codes=tokens.codes.clone())
+    some.codes[:, 1:, 4:7] = -1
+    frames = silent.decode(some).unflatten(2, (12, HOP)).abs().amax(3)[0, 0]
+    assert [bool(loud) for loud in frames > 1e-4] == [True] * 4 + [False] * 3 + [True] * 5
+    # What training sees is the same.
+    latents = silent.quantizer(silent.analyze(_audio(12 * HOP)), num_quantizers=1).latents
+    assert silent.synthesize(latents, 12 * HOP, torch.zeros(1, 16)).abs().max() < 1e-15
 
 
 def test_training_has_pulses_at_the_pitch_of_the_audio_and_teaches_the_decoder_its_own() -> None:

@@ -3,16 +3,17 @@
     audio -> log-mel -> blocks at 50 Hz -> semantic latents -> row 0 of the codes        (what is said)
     audio -> encoder of the multirate family -> acoustic latents -> the rows after it    (how exactly it sounded)
     the first seconds, or a reference -> speaker encoder -> global codes                 (who says it)
-    codes -> latents -> decoder of the multirate family, every rate of it told the voice -> audio
-                           '-> pitch, and gains of pulses and noise (codec.layers.source) -> added to it
+    codes -> latents -> decoder of the multirate family, every rate of it told the voice -> audio, where refined
+                           '-> pitch, and gains of pulses and noise (codec.layers.source) -> audio, added to it
 
 Row 0 and the global codes are enough to decode: that is what a language model writes. Every further row refines, and
 carries more of the speaker. One file serves both.
 
-Codes of row 0 say nothing of phase, and a network without memory cannot go on with a period: what it would give back
+Codes of row 0 say nothing of phase, and a network without memory cannot go on with a period: what it gives back
 whispers. So the decoder also says how a train of pulses and noise are to be shaped, and a layer that keeps the phase
-makes them. With refinement it learns to do without. That phase reaches back to the beginning, so a file can be sought
-only by decoding all that comes before.
+makes them. Frames of row 0 alone are nothing else; where there are more rows the decoder's own waveform is added, and
+it learns to need no pulses. Their phase reaches back to the beginning, so a place in a file is only reached by decoding
+all that comes before.
 
 All of it but the speaker encoder is causal and made of layers whose rows are exact (`codec.kernels.row_linear`), so a
 stream gives the same bits as a file. The speaker encoder hears one recording at a time, as a whole.
@@ -47,7 +48,8 @@ from codec.quantizers.scalar import FSQ, FSQConfig
 from codec.quantizers.semantic import SemanticAcousticConfig, SemanticAcousticQuantizer
 from codec.tokens import Tokens
 
-_FIRST_LOG_GAIN, _MOST_LOG_GAIN = -5.0, 3.0
+_FIRST_LOG_GAIN, _MOST_LOG_GAIN = -3.0, 3.0
+_LEAST_REFINEMENT = 1e-3  # of latents of unit scale; below it is what rounding leaves of nothing
 _MELS_PER_FRAME, _NUM_MELS, _WINDOW_HOPS = 2, 80, 3
 
 
@@ -159,8 +161,7 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
     def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
         if codes.dim() != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
-        rows = self._acoustic(self.quantizer.decode(codes)).transpose(1, 2)
-        audio, _, state = self.decoder.step(rows, state)
+        audio, _, state = self.decoder.step(*self._told(self.quantizer.decode(codes)), state)
         return audio[:, None], state
 
     @torch.inference_mode()
@@ -222,8 +223,7 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         """Audio [B, 1, num_samples], and the decoder's own pitch [B, R]; see `_VoicedDecoder.step`."""
         if voice is None:
             raise ValueError("this codec needs a voice to speak with")
-        rows, state = self._acoustic(latents).transpose(1, 2), self.decoder.voiced_state(voice)
-        audio, own, _ = self.decoder.step(rows, state, pitch_hz)
+        audio, own, _ = self.decoder.step(*self._told(latents), self.decoder.voiced_state(voice), pitch_hz)
         return audio[:, None, self.decode_delay_samples :][:, :, :num_samples], own
 
     def hear_voice(self, reference: Tensor) -> Voice:
@@ -248,8 +248,10 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         parts = [F.layer_norm(rows.float(), rows.shape[-1:]) for rows in (semantic, acoustic)]
         return torch.cat(parts, dim=2).transpose(1, 2), (semantic_state, acoustic_state)
 
-    def _acoustic(self, latents: Tensor) -> Tensor:
-        return latents[:, self.quantizer.dims_of_stage(1)]
+    def _told(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Of latents [B, D, F], what the decoder gets: rows [B, F, A], and which frames are refined, bool [B, F]."""
+        refinement = self.quantizer.refinement(latents)
+        return latents[:, self.quantizer.dims_of_stage(1)].transpose(1, 2), refinement.abs().amax(1) > _LEAST_REFINEMENT
 
 
 class _SemanticEncoder(nn.Module):
@@ -287,7 +289,7 @@ class _VoicedDecoder(nn.Module):
 
     The names of its layers are those of that family, so weights of one may begin the other. Scales and shifts are part
     of the state: they are computed once for a stream. Pulses and noise are shaped by the rows of the second fastest
-    rate.
+    rate. Frames that are not refined have nothing else.
     """
 
     def __init__(self, layers: list[CausalLayer], config: SemanticGlobalConfig) -> None:
@@ -301,6 +303,7 @@ class _VoicedDecoder(nn.Module):
         for layer in cast("Iterator[Linear]", self.voicing):
             nn.init.zeros_(layer.weight)
         self._last_upsampling = self._places[-1] - 1
+        self.delay_frames = config.decode_delay_frames
         self.source = HarmonicNoise(
             sample_rate_hz=config.sample_rate_hz,
             row_samples=config.patch_samples * config.strides[0],
@@ -318,14 +321,20 @@ class _VoicedDecoder(nn.Module):
         """The state of decoders with these voices [B, V], before any latents."""
         voicing = tuple(layer(voice).float() for layer in cast("Iterator[Linear]", self.voicing))
         before = tuple(layer.init_state(len(voice)) for layer in cast("Iterator[CausalLayer]", self.layers))
-        return voicing, before, self.source.init_state(len(voice))
+        was_refined = torch.zeros(len(voice), self.delay_frames, dtype=torch.bool, device=voice.device)
+        return voicing, before, self.source.init_state(len(voice)), was_refined
 
-    def step(self, x: Tensor, state: State, pitch_hz: Tensor | None = None) -> tuple[Tensor, Tensor, State]:
-        """Rows [B, F, A] -> audio [B, F * hop], the pitch of its pulses [B, R] in Hz, and the state after it.
+    def step(
+        self, x: Tensor, is_refined: Tensor, state: State, pitch_hz: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Rows [B, F, A], and which are refined [B, F] -> audio [B, F * hop], the pitch of its pulses [B, R], a state.
 
-        A given pitch [B, R] takes the place of the decoder's own in the pulses, where it is not NaN.
+        A given pitch [B, R], in Hz, takes the place of the decoder's own in the pulses, where it is not NaN.
         """
-        voicing, before, source_state = state
+        voicing, before, source_state, was_refined = state
+        # What comes out is the audio of `delay_frames` before.
+        refined = torch.cat([cast("Tensor", was_refined), is_refined], dim=1)
+        due, was_refined = refined[:, : is_refined.shape[1]], refined[:, is_refined.shape[1] :]
         after = []
         pitch = gains = x
         for place, (layer, old) in enumerate(zip(cast("Iterator[CausalLayer]", self.layers), before, strict=True)):
@@ -338,7 +347,9 @@ class _VoicedDecoder(nn.Module):
             after.append(new)
         told = pitch if pitch_hz is None else torch.where(pitch_hz.isnan(), pitch, pitch_hz)
         voiced, source_state = self.source.step(told, gains, source_state)
-        return x.flatten(1).float() + voiced.flatten(1), pitch, (voicing, tuple(after), source_state)
+        waveform = x.float().reshape(*due.shape, -1) if due.shape[1] else x.new_zeros(*due.shape, 1)
+        audio = (waveform * due[:, :, None]).flatten(1) + voiced.flatten(1)
+        return audio, pitch, (voicing, tuple(after), source_state, was_refined)
 
     def _shape(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, R, C] -> pitch [B, R] and logarithms of gains [B, R, 2 * bands]."""

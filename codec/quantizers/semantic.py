@@ -73,6 +73,12 @@ class SemanticAcousticQuantizer(Quantizer):
         num_semantic = self.config.semantic.latent_dim
         return slice(0, num_semantic) if stage == 0 else slice(num_semantic, self.config.latent_dim)
 
+    def refinement(self, latents: Tensor) -> Tensor:
+        """What decoded latents [B, D, F] have beyond row 0: [B, A, F], z - P s of the entries that they hold."""
+        semantic, acoustic = self._split(latents)
+        refined: Tensor = acoustic - self._predicted(semantic)
+        return refined
+
     @torch.no_grad()
     def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         num_rows = self.check_num_quantizers(num_quantizers)
