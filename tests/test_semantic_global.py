@@ -289,6 +289,8 @@ def test_impossible_configurations() -> None:
         tiny_voiced_config(quantizer=ResidualVQConfig(latent_dim=12, num_stages=3))
     with pytest.raises(ValueError, match="num_global_codes must be positive, got 0"):
         tiny_voiced_config(num_global_codes=0)
+    with pytest.raises(ValueError, match=r"semantic_cepstra=81 is not in 1\.\.80"):
+        tiny_voiced_config(semantic_cepstra=81)
     with pytest.raises(ValueError, match="speaker_channels must be 8 or more"):
         tiny_voiced_config(speaker_channels=7)
     with pytest.raises(ValueError, match="a multiple of 2 samples"):

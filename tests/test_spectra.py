@@ -59,6 +59,25 @@ def test_steps_give_the_bits_of_the_whole(num_threads: int, cuts: list[int], bat
         assert torch.equal(alone, whole[-1:])
 
 
+def test_few_cepstra_keep_formants_and_lose_harmonics() -> None:
+    smooth = LogMel(sample_rate_hz=16000, hop_samples=160, window_hops=3, num_mels=80, num_cepstra=16)
+    harmonics = torch.arange(1, 40)[:, None]
+    time = torch.arange(3200) / 16000
+
+    def mels(layer: LogMel, pitch_hz: float) -> torch.Tensor:
+        loudness = torch.exp(-0.5 * ((harmonics * pitch_hz - 1500.0) / 400.0) ** 2) + 0.01
+        voiced = (loudness * torch.sin(2 * math.pi * pitch_hz * harmonics * time)).sum(0)
+        columns: torch.Tensor = layer(voiced.view(1, 20, 160))
+        return columns[0, 10]
+
+    def difference(layer: LogMel) -> float:
+        return (mels(layer, 180.0) - mels(layer, 200.0)).square().mean().item()
+
+    assert difference(smooth) < 0.3 * difference(_layer())
+    assert mels(smooth, 180.0).argmax().item() == pytest.approx(mels(_layer(), 180.0).argmax().item(), abs=4)
+    assert torch.linalg.matrix_rank(smooth.smoothing) == 16
+
+
 @pytest.mark.parametrize("factor", [0.8, 1.25])
 def test_a_stretch_reads_the_spectrum_at_multiples_of_frequencies(factor: float) -> None:
     layer = _layer()

@@ -14,7 +14,8 @@ _FLOOR = 1e-5
 class LogMel(CausalLayer):
     """Audio in hops [B, T, hop] -> [B, T, num_mels], each of the last `window_hops` hops under a Hann window.
 
-    Logarithms of mel-weighted power, plus a floor of 1e-5, divided by 4 so that speech lies about within -3..3.
+    Logarithms of mel-weighted power, plus a floor of 1e-5, divided by 4 so that speech lies about within -3..3. With
+    `num_cepstra`, of them only what so many cepstral coefficients say: with 16 or so, formants and no harmonics.
 
     A `stretch` [B] has the spectrum of row b read at `stretch[b]` times the frequency: above 1 the voice becomes deeper
     and its vocal tract longer. What would lie beyond the highest frequency repeats it.
@@ -25,8 +26,17 @@ class LogMel(CausalLayer):
 
     filters: Tensor
     window: Tensor
+    smoothing: Tensor | None
 
-    def __init__(self, *, sample_rate_hz: int, hop_samples: int, window_hops: int, num_mels: int) -> None:
+    def __init__(
+        self,
+        *,
+        sample_rate_hz: int,
+        hop_samples: int,
+        window_hops: int,
+        num_mels: int,
+        num_cepstra: int | None = None,
+    ) -> None:
         super().__init__()
         self.history = History(hop_samples, window_hops - 1)
         window_samples = hop_samples * window_hops
@@ -34,6 +44,8 @@ class LogMel(CausalLayer):
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
         filters = mel_filters(sample_rate_hz, self.fft_samples, num_mels)
         self.register_buffer("filters", filters, persistent=False)
+        smoothing = None if num_cepstra is None else _smoothing(num_mels, num_cepstra)
+        self.register_buffer("smoothing", smoothing, persistent=False)
 
     def init_state(self, batch_size: int) -> State:
         return self.history.init_state(batch_size)
@@ -47,7 +59,8 @@ class LogMel(CausalLayer):
             power = spectrum.real.square() + spectrum.imag.square()
             if stretch is not None:
                 power = _stretched(power, stretch)
-            return (row_linear(power, self.filters) + _FLOOR).log() / 4.0, state
+            mels = (row_linear(power, self.filters) + _FLOOR).log() / 4.0
+            return mels if self.smoothing is None else row_linear(mels, self.smoothing), state
 
 
 def _stretched(power: Tensor, stretch: Tensor) -> Tensor:
@@ -73,6 +86,15 @@ def mel_filters(sample_rate_hz: int, fft_samples: int, num_mels: int) -> Tensor:
     is_empty = triangles.sum(1) < 1e-3
     triangles[is_empty, nearest[is_empty]] = 1.0
     return (triangles / triangles.sum(1, keepdim=True)).float()
+
+
+def _smoothing(num_mels: int, num_cepstra: int) -> Tensor:
+    """What is left [num_mels, num_mels] of a spectrum when only its first cosines are kept."""
+    places = (torch.arange(num_mels, dtype=torch.float64) + 0.5) / num_mels
+    cosines = torch.cos(torch.pi * torch.arange(num_cepstra, dtype=torch.float64)[:, None] * places)
+    cosines = cosines / cosines.norm(dim=1, keepdim=True)
+    smoothing: Tensor = (cosines.T @ cosines).float()
+    return smoothing
 
 
 def to_mel(frequency_hz: float) -> Tensor:

@@ -18,8 +18,8 @@ all that comes before.
 All of it but the speaker encoder is causal and made of layers whose rows are exact (`codec.kernels.row_linear`), so a
 stream gives the same bits as a file. The speaker encoder hears one recording at a time, as a whole.
 
-While training, the semantic encoder may hear voices whose spectra are stretched at random (`disguise`), so that it
-cannot tell whose they are.
+The semantic encoder hears formants and no harmonics (`semantic_cepstra`), and while training voices whose spectra are
+stretched at random (`disguise`), so that it cannot tell whose they are; the melody of speech is lost to it as well.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class SemanticGlobalConfig(MultirateConfig):
 
     `quantizer` is a `SemanticAcousticConfig`. `num_global_codes` codes of `voice_levels` each say the voice; they are
     made of the first `voice_samples` samples where no reference is given. `voice_dim`: V, `speaker_channels`: the width
-    of the speaker encoder. Pulses and noise are shaped in `source_bands` bands.
+    of the speaker encoder. `semantic_cepstra`: how much of a spectrum the semantic encoder hears, see `LogMel`. Pulses
+    and noise are shaped in `source_bands` bands.
     """
 
     quantizer: QuantizerConfig
     semantic_channels: int = 192
     semantic_blocks: int = 6
+    semantic_cepstra: int = 16
     num_global_codes: int = 32
     voice_levels: tuple[int, ...] = (4, 4, 4, 4, 4, 4)
     voice_dim: int = 192
@@ -86,6 +88,8 @@ class SemanticGlobalConfig(MultirateConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 1 <= self.semantic_cepstra <= _NUM_MELS:
+            raise ValueError(f"semantic_cepstra={self.semantic_cepstra} is not in 1..{_NUM_MELS}")
         if self.speaker_channels < 8:
             raise ValueError(f"speaker_channels must be 8 or more, got {self.speaker_channels}")
         if not self.strides:
@@ -265,6 +269,7 @@ class _SemanticEncoder(nn.Module):
             hop_samples=self.mel_hop_samples,
             window_hops=_WINDOW_HOPS,
             num_mels=_NUM_MELS,
+            num_cepstra=config.semantic_cepstra,
         )
         channels, num_blocks = config.semantic_channels, config.semantic_blocks
         sizes = {"kernel_size": config.kernel_size, "expansion": config.expansion, "num_blocks": num_blocks}
