@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from codec.pretrained import load, save
     from codec.streaming import StreamingDecoder, StreamingEncoder
     from codec.token_format import TokenFormat, available, cut, join, open, write
+    from codec.token_vocabulary import Vocabulary, VocabularyDecoder
     from codec.tokens import Tokens
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "TokenFormat",
     "Tokens",
     "TruncatedError",
+    "Vocabulary",
+    "VocabularyDecoder",
     "Writer",
     "available",
     "compile_search",
@@ -59,6 +62,8 @@ _HOMES = {
     "TokenFormat": "codec.token_format",
     "Tokens": "codec.tokens",
     "TruncatedError": "codec.bitstream",
+    "Vocabulary": "codec.token_vocabulary",
+    "VocabularyDecoder": "codec.token_vocabulary",
     "Writer": "codec.bitstream",
     "compile_search": "codec.kernels.numba_search",
     "available": "codec.token_format",

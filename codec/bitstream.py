@@ -104,6 +104,11 @@ class SegmentStart:
     global_codes: np.ndarray | None = None  # int64 [channels, L]
     global_codebook_size: int = 0
 
+    @property
+    def num_global_bits(self) -> int:
+        """Bits of the global codes, packed."""
+        return 0 if self.global_codes is None else self.global_codes.size * (self.global_codebook_size - 1).bit_length()
+
 
 @dataclass(frozen=True)
 class SegmentEnd:
@@ -299,8 +304,8 @@ class Reader:
         self.tables = tables
         self.is_truncated = False
         # Of the blocks that went by in the latest pass over the file:
-        self.num_blocks = 0  # with codes
-        self.num_code_bytes = 0  # in them
+        self.num_blocks = 0  # with codes of frames
+        self.num_code_bytes = 0  # in them, and in blocks of global codes
         self.num_bytes = 0  # of the file so far
         self.has_index = False
         self._allow_truncated = allow_truncated
@@ -517,6 +522,7 @@ class Reader:
                 if is_open or start.global_codes is not None:
                     raise BitstreamError("global codes stand in the wrong place")
                 start = self._segment_start(kind, payload, start)
+                self.num_code_bytes += -(-start.num_global_bits // 8)
                 if kind == SEGMENT and numbers(payload, 2)[0]:
                     raise BitstreamError("the first SEGMENT ends a segment that is not there")
             elif kind in (SEGMENT, END):

@@ -9,19 +9,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from codec.batch import STANDARD, Job, PlanError, plan, run
+from codec.batch import STANDARD, Job, plan, run
+from codec.console import fail, one_line_errors
 from codec.jobs import (
+    DEFAULT_VOICED_MODEL,
     JobWork,
     Options,
     UserError,
     check_target,
+    convert_job,
     decode_job,
     encode_job,
     find_containers,
@@ -30,10 +32,10 @@ from codec.jobs import (
     named_events,
     open_container,
     open_target,
-    reason_of,
     truncated,
 )
 from codec.stretch import Stretch
+from codec.units_cli import app as units_app
 
 app = typer.Typer(
     name="codec",
@@ -44,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(units_app)
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="A bundled model or a folder with one. Default: speech_16k.")
@@ -69,26 +72,13 @@ Start = Annotated[
     str | None, typer.Option("--start", metavar="TIME", help="Begin here: seconds (12.5) or h:mm:ss.s (1:02:03).")
 ]
 Duration = Annotated[str | None, typer.Option("--duration", metavar="TIME", help="Take so much, at most.")]
+Voice = Annotated[
+    str | None,
+    typer.Option(
+        "--voice", metavar="REF", help="Another voice: that of a recording, or of a .codec file of the model."
+    ),
+]
 Sources = Annotated[list[str], typer.Argument(metavar="IN...")]
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """A mistake in the input is one line on stderr and exit status 1, never a traceback."""
-    try:
-        yield
-    except PlanError as error:
-        raise typer.BadParameter(str(error)) from error
-    except BrokenPipeError:
-        _fail("standard output was closed")
-    except (UserError, ValueError, OSError, MemoryError) as error:
-        _fail(reason_of(error))
-
-
-def _fail(*reasons: str) -> NoReturn:
-    for reason in reasons:
-        typer.echo("codec: " + " ".join(reason.split()), err=True)
-    raise typer.Exit(1)
 
 
 @app.command()
@@ -101,6 +91,12 @@ def encode(
     threads: Threads = 1,
     start: Start = None,
     duration: Duration = None,
+    speaker_from: Annotated[
+        str | None,
+        typer.Option(
+            "--speaker-from", metavar="REF", help="Speak in the voice of REF, not in that of the first seconds."
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The input is headerless 16-bit PCM; needs --rate.")] = False,
     rate: Annotated[int | None, typer.Option("--rate", min=1, help="Hertz of raw input.")] = None,
     channels: Annotated[
@@ -117,7 +113,8 @@ def encode(
 ) -> None:
     """Turn audio into tokens: files, folders (their tree is kept) or quoted globs into .codec files.
 
-    IN is any audio that libsndfile knows, or WAV from a pipe. OUT is a file for one input, a folder for several.
+    IN is any audio that libsndfile knows, or WAV from a pipe. OUT is a file for one input, a folder for several. REF is
+    audio, too, or a .codec file of the same model; only models that keep the voice apart can take another one.
     """
     if raw and rate is None:
         raise typer.BadParameter("--raw needs --rate")
@@ -125,9 +122,9 @@ def encode(
         raise typer.BadParameter("--rate and --channels are for --raw input; a file says its own")
     options = Options(
         model, device, threads, _time(start), _time(duration), force, resume, num_quantizers=num_quantizers,
-        raw_rate_hz=rate, raw_channels=channels or 1, frames_per_block=frames_per_block,
+        voice=speaker_from, raw_rate_hz=rate, raw_channels=channels or 1, frames_per_block=frames_per_block,
     )  # fmt: skip
-    with _one_line_errors():
+    with one_line_errors():
         from codec.audio import find_audio
 
         _transcode(encode_job, options, plan(sources, target, find_audio, ".codec"), jobs, json=json)
@@ -142,6 +139,15 @@ def decode(
     threads: Threads = 1,
     start: Start = None,
     duration: Duration = None,
+    voice: Voice = None,
+    num_quantizers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-quantizers",
+            "-k",
+            help="Rows of codes to decode. Default: all; with --voice, those without the voice.",
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write headerless 16-bit PCM.")] = False,
     jobs: Jobs = None,
     resume: Resume = False,
@@ -153,11 +159,51 @@ def decode(
     OUT's suffix says the format: .wav, .flac, .ogg, .opus, .mp3; several files become .wav files in the folder OUT. A
     file that ends too early is decoded up to its last good block, with a warning and exit status 1.
     """
-    options = Options(model, device, threads, _time(start), _time(duration), force, resume, is_raw=raw)
-    with _one_line_errors():
+    options = Options(
+        model, device, threads, _time(start), _time(duration), force, resume, num_quantizers=num_quantizers,
+        voice=voice, is_raw=raw,
+    )  # fmt: skip
+    with one_line_errors():
         _transcode(
             decode_job, options, plan(sources, target, find_containers, ".pcm" if raw else ".wav"), jobs, json=json
         )
+
+
+@app.command()
+def convert(
+    sources: Sources,
+    target: Annotated[str, typer.Argument(metavar="OUT")],
+    voice: Annotated[
+        str, typer.Option("--voice", metavar="REF", help="The voice: that of a recording, or of a .codec file.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help=f"A bundled model or a folder with one. Default: {DEFAULT_VOICED_MODEL}."),
+    ] = None,
+    num_quantizers: Annotated[
+        int | None,
+        typer.Option("--num-quantizers", "-k", help="Rows of codes to go through. Default: those without the voice."),
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    start: Start = None,
+    duration: Duration = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    json: AsJson = False,
+) -> None:
+    """Say the same in another voice: encode, swap the global codes, decode.
+
+    IN and OUT are audio, or folders: as many samples, channels and hertz come out as went in. It takes a model that
+    keeps the voice apart. With more rows of codes there is more of how it was said, and more of who said it.
+    """
+    options = Options(
+        model, device, threads, _time(start), _time(duration), force, num_quantizers=num_quantizers, voice=voice
+    )
+    with one_line_errors():
+        from codec.audio import find_audio
+
+        _transcode(convert_job, options, plan(sources, target, find_audio, ".wav"), jobs, json=json)
 
 
 @app.command()
@@ -177,7 +223,7 @@ def roundtrip(
     if target == STANDARD:
         raise typer.BadParameter("the report goes to standard output; name a file for the audio")
     options = Options(model, device, threads, _time(start), _time(duration), force, num_quantizers=num_quantizers)
-    with _one_line_errors():
+    with one_line_errors():
         from codec.reports import roundtrip_report
 
         check_target(Job(source, target), options)
@@ -248,7 +294,8 @@ def evaluate(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            "--scorer", help="pocketsphinx, wer=FOLDER, speaker=FOLDER or module:Class[=ARGUMENT]; again for more."
+            "--scorer",
+            help="pocketsphinx, resemblyzer, wer=FOLDER, speaker=FOLDER or module:Class[=ARGUMENT]; again for more.",
         ),
     ] = None,
     labels: Annotated[
@@ -275,7 +322,7 @@ def evaluate(
     tables, as JSON, and as a page to look at and listen to. A file that cannot be read is left out, told at the end,
     and makes the exit status 1.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from codec.evaluation import UsageError
         from codec.evaluation import evaluate as evaluate_codecs
         from codec.evaluation.tables import text
@@ -299,7 +346,7 @@ def evaluate(
     for system in evaluation.systems:
         failures += [f"{file}, {system.name}: {why}" for file, why in system.failures.items()]
     if failures:
-        _fail(*failures)
+        fail(*failures)
 
 
 @app.command()
@@ -320,7 +367,7 @@ def verify(
     not to. A margin says how clear a choice was: by what part the next best entry is further off.
     """
     options = Options(model, device, threads, _time(start), _time(duration), num_quantizers=num_quantizers)
-    with _one_line_errors():
+    with one_line_errors():
         from codec.verification import text
         from codec.verification import verify as verify_model
 
@@ -328,11 +375,11 @@ def verify(
     if found.num_files:
         typer.echo(json_format.dumps(found.to_dict()) if json else text(found), nl=json)
     broken = [
-        f"{way.name}: {way.num_different} {'codes' if way.kind == 'codes' else 'samples'} differ, where none may"
+        f"{way.name}: {way.num_different} {'samples' if way.kind == 'audio' else way.kind} differ, where none may"
         for way in found.broken_promises
     ]
     if reasons := [*broken, *found.failures.values()]:
-        _fail(*reasons)
+        fail(*reasons)
 
 
 @app.command()
@@ -342,7 +389,7 @@ def info(
     json: AsJson = False,
 ) -> None:
     """Say what a .codec file holds, having checked every block; or which models and kernels there are."""
-    with _one_line_errors():
+    with one_line_errors():
         from codec.reports import file_facts, installation
 
         facts = installation() if source is None else file_facts(source, model)
@@ -352,7 +399,7 @@ def info(
         for name, value in facts.items():
             typer.echo(f"{name:20} {value}".encode(errors="backslashreplace"))  # names need not be UTF-8
     if facts.get("is_truncated"):
-        _fail(truncated(source or "", facts["seconds"]))
+        fail(truncated(source or "", facts["seconds"]))
 
 
 @app.command("import")
@@ -362,7 +409,8 @@ def import_checkpoint(
     kind: Annotated[
         str | None,
         typer.Option(
-            "--kind", help="encodec, dac, hificodec or speechtokenizer (DM-Codec too). Default: told by what is in it."
+            "--kind",
+            help="encodec, dac, hificodec, speechtokenizer (DM-Codec too) or bicodec. Default: told by what is in it.",
         ),
     ] = None,
     name: Annotated[
@@ -378,15 +426,15 @@ def import_checkpoint(
 ) -> None:
     """Turn a checkpoint of another project into a model, for --model and codec.load.
 
-    Known are EnCodec, DAC, HiFi-Codec, SpeechTokenizer and DM-Codec.
+    Known are EnCodec, DAC, HiFi-Codec, SpeechTokenizer, DM-Codec and BiCodec (Spark-TTS).
 
-    SOURCE is a file of weights, or a folder with a config.json. OUT becomes a folder.
+    SOURCE is a file of weights, or a folder with a config.json or config.yaml. OUT becomes a folder.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from codec.files import check_new_folder, new_folder
-        from codec.token_format import FILE_NAME
+        from codec.token_format import FEATURE_FOLDER, FILE_NAME
 
-        names = {"config.json", "model.safetensors", FILE_NAME}
+        names = {"config.json", "model.safetensors", FILE_NAME, FEATURE_FOLDER}
         if os.path.isfile(source) and not source.endswith(".safetensors") and not allow_pickle:
             raise UserError(f"{source} is not a .safetensors file; if you trust it, --allow-pickle reads it")
         if os.path.isdir(target) and os.listdir(target) and not force:
@@ -399,11 +447,14 @@ def import_checkpoint(
             raise UserError(f"the name {name!r} is longer than 255 bytes, or not printable")
 
         from codec.importers.detect import load_checkpoint
+        from codec.importers.speech_folder import copy_speech_model
         from codec.pretrained import save
 
         model = load_checkpoint(source, kind=kind, sample_rate_hz=sample_rate_hz, allow_pickle=allow_pickle)
         with new_folder(target, replaceable=names) as folder:
             codec_id = save(model, folder, name=name, dtype="float32")
+            if model.feature_folder is not None:
+                copy_speech_model(model.feature_folder, folder / FEATURE_FOLDER, allow_pickle=allow_pickle)
     rows = model.valid_num_quantizers
     rates = [f"{model.bitrate_bps(num_rows) / 1000:.4g}" for num_rows in (rows[0], rows[-1])]
     typer.echo(f"model      {name}, id {codec_id}")
@@ -411,6 +462,9 @@ def import_checkpoint(
     typer.echo(f"codes      {' to '.join(dict.fromkeys(map(str, (rows[0], rows[-1]))))} rows")
     typer.echo(f"bitrate    {' to '.join(dict.fromkeys(rates))} kbps")
     typer.echo(f"streams    {'yes' if model.is_streamable else 'no: it looks ahead, and takes whole recordings'}")
+    if model.hears_by_features:
+        place = os.path.join(target, FEATURE_FOLDER)
+        typer.echo(f"encodes    {'with' if model.feature_folder else 'once its speech model lies in'} {place}")
 
 
 @app.command()
@@ -428,7 +482,7 @@ def cut(
     """
     _refuse_terminal(target)
     options = Options(model, start_seconds=_time(start), duration_seconds=_time(duration), force=force)
-    with _one_line_errors():
+    with one_line_errors():
         from codec.token_format import copy_events
 
         check_target(Job(source, target), options)
@@ -440,7 +494,7 @@ def cut(
                 stretch = (options.stretch(reader.header.rate_hz) or Stretch()).within(whole)
                 copy_events(out, reader, reader.events(stretch.first_sample, stretch.num_samples))
             if reader.is_truncated:
-                _fail(truncated(source, whole / reader.header.rate_hz))
+                fail(truncated(source, whole / reader.header.rate_hz))
 
 
 @app.command()
@@ -455,7 +509,7 @@ def join(
     The result decodes to the same samples as the files alone.
     """
     _refuse_terminal(target)
-    with _one_line_errors():
+    with one_line_errors():
         from codec.token_format import copy_events, join_events
 
         for source in sources:
@@ -527,4 +581,4 @@ def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: 
             err=True,
         )
     if failed:
-        _fail(*(outcome.error or outcome.warning or "" for outcome in failed))
+        fail(*(outcome.error or outcome.warning or "" for outcome in failed))

@@ -138,7 +138,9 @@ class SpeechModel(FrozenModel):
 
     `padding="centered"` puts zeros around the audio, so that there are ceil(num_samples / stride_samples) frames, and
     what frame i hears is centred on the middle of samples i * stride_samples to (i + 1) * stride_samples: as the frames
-    of a codec lie. `padding="none"` is the model as it was published: one second of wav2vec2 has 49 frames.
+    of a codec lie. `padding="none"` is the model as it was published: one second of wav2vec2 has 49 frames, and what
+    frame i hears begins at sample i * stride_samples. `padding="end"` has those frames, and by zeros behind the audio
+    the last ones, so that there are as many as with "centered".
     """
 
     def __init__(

@@ -17,9 +17,15 @@ from codec.batch import STANDARD, Advance, Job, Outcome
 from codec.stretch import Stretch, StretchError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from codec.audio import AudioReader, RawFormat
     from codec.bitstream import Event, Header, Reader
     from codec.models.interface import Codec
+
+
+# What `codec convert` takes where nothing is named: a bundled model that keeps the voice apart.
+DEFAULT_VOICED_MODEL = "speech_16k_semantic"
 
 
 class UserError(Exception):
@@ -38,6 +44,7 @@ class Options:
     force: bool = False
     resume: bool = False
     num_quantizers: int | None = None
+    voice: str | None = None
     raw_rate_hz: int | None = None
     raw_channels: int = 1
     is_raw: bool = False
@@ -79,9 +86,10 @@ def encode_job(job: Job, advance: Advance, options: Options) -> Outcome:
     with open_audio(job.source, options) as audio:
         _make_folders(job)
         codec = load_model(options.model, options)
+        voice = None if options.voice is None else find_voice(options.voice, codec)
         stretch = options.stretch(audio.rate_hz)
         with named(job.source):
-            if options.resume and _is_encoded(job, codec, audio, stretch, options):
+            if options.resume and _is_encoded(job, codec, audio, stretch, voice, options):
                 return _outcome(job, "skipped", 0, audio.rate_hz, audio.num_channels)
             from codec.transcode import encode_audio
 
@@ -91,6 +99,7 @@ def encode_job(job: Job, advance: Advance, options: Options) -> Outcome:
                     audio,
                     out,
                     num_quantizers=options.num_quantizers,
+                    global_codes=voice,
                     stretch=stretch,
                     frames_per_block=options.frames_per_block or FRAMES_PER_BLOCK,
                     progress=advance,
@@ -100,6 +109,7 @@ def encode_job(job: Job, advance: Advance, options: Options) -> Outcome:
 
 def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
     """A container to audio. Raises for a user's mistake; see `guarded`."""
+    from codec.models.voice import voiced
     from codec.transcode import check_fits, decode_audio
 
     check_target(job, options)
@@ -116,10 +126,81 @@ def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
             return _outcome(job, "skipped", 0, header.rate_hz, header.num_channels, warning)
         codec = load_model(_bundled_name(header) if options.model is None else options.model, options)
         check_fits(codec, header)
+        voice, num_rows = None, options.num_quantizers
+        if options.voice is not None:
+            voice = find_voice(options.voice, codec)
+            # More rows would carry the speaker along.
+            num_rows = num_rows or min(voiced(codec).num_semantic_quantizers, len(header.codebook_sizes))
         with open_target(job.target) as out:
-            num_samples = decode_audio(codec, reader, out, stretch=stretch, raw=options.is_raw, progress=advance)
+            num_samples = decode_audio(
+                codec,
+                reader,
+                out,
+                num_quantizers=num_rows,
+                global_codes=voice,
+                stretch=stretch,
+                raw=options.is_raw,
+                progress=advance,
+            )
         warning = truncated(job.source, num_samples / header.rate_hz) if reader.is_truncated else None
         return _outcome(job, "done", num_samples, header.rate_hz, header.num_channels, warning)
+
+
+def convert_job(job: Job, advance: Advance, options: Options) -> Outcome:
+    """Audio to the same in another voice. Raises for a user's mistake; see `guarded`."""
+    from codec.token_format import available
+    from codec.transcode import convert_audio
+
+    check_target(job, options)
+    if options.model is None and DEFAULT_VOICED_MODEL not in available():
+        raise UserError("no bundled model keeps the voice apart; --model names one that does")
+    with open_audio(job.source, options) as audio:
+        _make_folders(job)
+        codec = load_model(options.model or DEFAULT_VOICED_MODEL, options)
+        assert options.voice is not None  # the command line asks for it
+        voice = find_voice(options.voice, codec)
+        with named(job.source), open_target(job.target) as out:
+            num_samples = convert_audio(
+                codec,
+                audio,
+                out,
+                global_codes=voice,
+                num_quantizers=options.num_quantizers,
+                stretch=options.stretch(audio.rate_hz),
+                progress=advance,
+            )
+        return _outcome(job, "done", num_samples, audio.rate_hz, audio.num_channels)
+
+
+def find_voice(source: str, codec: Codec) -> np.ndarray:
+    """Global codes int64 [L] of a reference recording, or those that a .codec file of this codec has in the beginning.
+
+    Of several channels, a recording's are averaged; a file's first one is taken.
+    """
+    from codec.audio import AudioReader
+    from codec.bitstream import BitstreamError, SegmentStart
+    from codec.header import MAGIC
+    from codec.models.voice import voiced
+    from codec.transcode import check_fits, hear_voice, voices_of
+
+    voiced(codec)
+    if source == STANDARD:
+        raise UserError("a voice is taken from a file, not from standard input")
+    with open(source, "rb") as file:
+        is_container = file.read(len(MAGIC)) == MAGIC
+    if not is_container:
+        with AudioReader(source) as audio:
+            return hear_voice(codec, audio)
+    try:
+        with open_container(source, None, allow_truncated=True) as reader, named(source):
+            check_fits(codec, reader.header)
+            start = next(reader.events(decode=False))
+            assert isinstance(start, SegmentStart)
+            voices = voices_of(codec, start, reader.header.num_channels, None)
+    except BitstreamError as error:  # which would be told with the name of the job's own file, too
+        raise UserError(str(error)) from error
+    assert voices is not None
+    return voices[0].numpy()
 
 
 def _outcome(
@@ -129,8 +210,10 @@ def _outcome(
     return Outcome(job.source, job.target, status, num_samples, rate_hz, num_channels, num_bytes, warning=warning)
 
 
-def _is_encoded(job: Job, codec: Codec, audio: AudioReader, stretch: Stretch | None, options: Options) -> bool:
-    """Whether the target is a whole container of just this recording, by this model, at this rate."""
+def _is_encoded(
+    job: Job, codec: Codec, audio: AudioReader, stretch: Stretch | None, voice: np.ndarray | None, options: Options
+) -> bool:
+    """Whether the target is a whole container of just this recording, by this model, at this rate, in this voice."""
     from codec.bitstream import BitstreamError, Reader
     from codec.header import MAGIC
 
@@ -150,7 +233,9 @@ def _is_encoded(job: Job, codec: Codec, audio: AudioReader, stretch: Stretch | N
         with Reader(job.target, tables=codec.token_format.tables) as reader:
             for _ in reader.events():  # every block is read and checked
                 pass
-            return reader.header == expected and reader.num_samples == wanted
+            heard = reader.segments[0].start.global_codes
+            has_voice = voice is None or (heard is not None and bool((heard == voice).all()))
+            return reader.header == expected and reader.num_samples == wanted and has_voice
     except BitstreamError:
         return False
 

@@ -19,12 +19,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from codec import config as codec_config
-from codec.models import dac as _dac  # noqa: F401  (registers its configurations)
+from codec.models import bicodec as _bicodec  # noqa: F401  (registers its configurations)
+from codec.models import dac as _dac  # noqa: F401  (likewise)
 from codec.models import hificodec as _hificodec  # noqa: F401  (likewise)
 from codec.models import multirate as _multirate  # noqa: F401  (likewise)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
 from codec.models import semantic_global as _semantic_global  # noqa: F401  (likewise)
 from codec.models.interface import Codec
+from codec.models.voice import VoicedCodec
 from codec.quantizers import binary as _binary  # noqa: F401  (and of quantizers)
 from codec.quantizers import factorized as _factorized  # noqa: F401
 from codec.quantizers import product as _product  # noqa: F401
@@ -32,7 +34,7 @@ from codec.quantizers import residual as _residual  # noqa: F401
 from codec.quantizers import scalar as _scalar  # noqa: F401
 from codec.quantizers import simvq as _simvq  # noqa: F401
 from codec.quantizers import split as _split  # noqa: F401
-from codec.token_format import DEFAULT_MODEL, FILE_NAME, TokenFormat, available
+from codec.token_format import DEFAULT_MODEL, FEATURE_FOLDER, FILE_NAME, TokenFormat, available
 
 _STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -68,6 +70,7 @@ def load(source: str | os.PathLike[str] = DEFAULT_MODEL, *, device: str | torch.
     codec.load_state_dict({key: value.float() for key, value in tensors.items()})
     codec.codec_id = compute_codec_id(data, tensors)
     codec.name = metadata.get("model", folder.resolve().name)
+    codec.feature_folder = folder / FEATURE_FOLDER
     codec.token_format = _token_format(codec, codec.codec_id, codec.name)
     if (folder / FILE_NAME).is_file():
         stored = TokenFormat.load(folder)
@@ -114,6 +117,8 @@ def _token_format(codec: Codec, codec_id: str, name: str) -> TokenFormat:
         valid_num_quantizers=tuple(codec.valid_num_quantizers),
         num_frames_before=codec.decode_frames_before,
         num_frames_after=codec.decode_frames_after,
+        num_global_codes=codec.num_global_codes,
+        global_codebook_size=codec.global_codebook_size if isinstance(codec, VoicedCodec) else 0,
     )
 
 

@@ -42,6 +42,7 @@ def roundtrip_report(source: str, target: str, options: Options) -> dict[str, An
     encoded = time.perf_counter()
     container.seek(0)
     opened = Reader(container, tables=codec.token_format.tables if codec.token_format else None)
+    num_global_bits = sum(segment.start.num_global_bits for segment in opened.segments)
     decoded = np.concatenate(list(decode_events(codec, opened.header, opened.events())), axis=1)
     done = time.perf_counter()
     with open_target(target) as out, AudioWriter(out, rate_hz, num_channels, num_samples=num_samples) as writer:
@@ -58,8 +59,10 @@ def roundtrip_report(source: str, target: str, options: Options) -> dict[str, An
         "rate_hz": rate_hz,
         "num_frames": opened.num_frames,
         "num_quantizers": len(opened.header.codebook_sizes),
+        "num_global_codes": codec.num_global_codes,
+        "num_global_bits": num_global_bits,
         "container_bytes": len(container.getvalue()),
-        "packed_bps": opened.header.bitrate_bps,
+        "packed_bps": opened.header.bitrate_bps + num_global_bits / seconds,
         "container_bps": 8 * len(container.getvalue()) / seconds,
         "encode_times_real_time": seconds / (encoded - started),
         "decode_times_real_time": seconds / (done - encoded),
@@ -96,6 +99,7 @@ def file_facts(source: str, model: str | None) -> dict[str, Any]:
         for _ in reader.events(decode=has_tables):  # every block is read and checked
             pass
         seconds = reader.num_samples / header.rate_hz
+        num_global_bits = sum(segment.start.num_global_bits for segment in reader.segments)
         return {
             "file": source,
             "model": header.model,
@@ -116,10 +120,11 @@ def file_facts(source: str, model: str | None) -> dict[str, Any]:
                 0 if segment.start.global_codes is None else segment.start.global_codes.shape[1]
                 for segment in reader.segments
             ],
+            "num_global_bits": num_global_bits,
             "num_blocks": reader.num_blocks,
             "has_index": reader.has_index,
             "file_bytes": reader.num_bytes,
-            "packed_bps": round(header.bitrate_bps, 1),
+            "packed_bps": round(header.bitrate_bps + (num_global_bits / seconds if seconds else 0), 1),
             "coded_bps": round(8 * reader.num_code_bytes / seconds, 1) if seconds else None,
             "container_bps": round(8 * reader.num_bytes / seconds, 1) if seconds else None,
             "checked": "all blocks and codes" if has_tables else "all blocks; the entropy tables are not here",
@@ -133,6 +138,7 @@ def installation() -> dict[str, Any]:
 
     import codec as package
     from codec.kernels.residual_search import resolve_impl
+    from codec.models.voice import VoicedCodec
     from codec.pretrained import load
     from codec.token_format import available
 
@@ -149,4 +155,7 @@ def installation() -> dict[str, Any]:
             f"{len(rates)} steps, delay "
             f"{model.hop_length + model.encode_delay_samples} samples to encode, {model.decode_delay_samples} to decode"
         )
+        if isinstance(model, VoicedCodec):
+            bits = model.num_global_codes * (model.global_codebook_size - 1).bit_length()
+            facts[f"model {name}"] += f", {model.num_global_codes} global codes ({bits} bits) for the voice"
     return facts

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PADDINGS = ("centered", "none")
+PADDINGS = ("centered", "end", "none")
 
 
 class Entrance(nn.Module):
@@ -45,7 +45,7 @@ class Entrance(nn.Module):
 
     def num_frames(self, num_samples: int, padding: str) -> int:
         """How many frames a row of so many samples has."""
-        if padding == "centered":
+        if padding != "none":
             return -(-num_samples // self.stride_samples)
         return max(0, (num_samples - self.field_samples) // self.stride_samples + 1)
 
@@ -55,8 +55,8 @@ class Entrance(nn.Module):
             variance, mean = torch.var_mean(audio, 1, correction=0, keepdim=True)
             audio = (audio - mean) / (variance + self.epsilon).sqrt()
         num_samples, before = audio.shape[1], 0
-        if padding == "centered":
-            before = (self.field_samples - self.stride_samples) // 2
+        if padding != "none":
+            before = (self.field_samples - self.stride_samples) // 2 if padding == "centered" else 0
             needed = (self.num_frames(num_samples, padding) - 1) * self.stride_samples + self.field_samples
             around = self.field_samples + self.stride_samples
             audio = F.pad(audio, (around, around))[:, around - before :][:, :needed]

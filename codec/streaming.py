@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from codec.models.interface import FRAMES_PER_STEP, Codec, streamable
+from codec.models.voice import VoicedCodec, voiced
 
 
 class StreamingEncoder:
     """Audio in pieces of any size -> codes as soon as their frame is complete.
 
-    All pieces together give the codes that `codec.encode` gives for the whole recording, bit for bit.
+    All pieces together give the codes that `codec.encode` gives for the whole recording, bit for bit. The voice of
+    codecs with global codes, int64 [L] or [1, L], may be given.
 
     >>> from codec.testing import tiny_codec
     >>> codec = tiny_codec()
@@ -22,26 +24,47 @@ class StreamingEncoder:
     ([0, 0, 1], 0)
     """
 
-    def __init__(self, codec: Codec, *, num_quantizers: int | None = None) -> None:
+    def __init__(self, codec: Codec, *, num_quantizers: int | None = None, global_codes: Tensor | None = None) -> None:
         self._codec = streamable(codec)
         valid = codec.valid_num_quantizers
         self.num_quantizers = valid[-1] if num_quantizers is None else num_quantizers
         if self.num_quantizers not in valid:
             raise ValueError(f"num_quantizers={num_quantizers} is not one of {valid}")
+        self._given_voice = None if global_codes is None else _one_voice(codec, global_codes)
+        self._voice: Tensor | None = None
+        # Audio that says the voice, kept until somebody asks for that.
+        self._heard: list[Tensor] = []
+        self._num_unheard = 0
         self.reset()
+
+    @property
+    def global_codes(self) -> Tensor | None:
+        """The voice, int64 [L], as `codec.encode` finds it; those given, where some are.
+
+        None until the first `voice_samples` samples of the recording are here, or its end, and of codecs without.
+        """
+        if self._voice is None and self._heard and (self._num_unheard == 0 or self._flushed):
+            self._voice = voiced(self._codec).encode_global(torch.cat(self._heard, dim=1)[None])[0]
+            self._heard = []
+        return self._voice
 
     @torch.inference_mode()
     def reset(self) -> None:
-        """Start a new recording."""
+        """Start a new recording; a given voice stays."""
         self._state = self._codec.encode_init(1)
         self._pending: list[Tensor] = []
         self._num_pending = 0
         self._flushed = False
+        self._voice = self._given_voice
+        self._heard, self._num_unheard = [], 0
+        if isinstance(self._codec, VoicedCodec) and self._voice is None:
+            self._num_unheard = self._codec.voice_samples
+            self._heard = [torch.zeros(self._codec.num_channels, 0, device=self._codec.quantizer.device)]
 
     def fork(self) -> StreamingEncoder:
         """An independent encoder in the same place of the stream. Cheap: states are values."""
         other = copy.copy(self)
-        other._pending = list(self._pending)
+        other._pending, other._heard = list(self._pending), list(self._heard)
         return other
 
     @torch.inference_mode()
@@ -58,6 +81,9 @@ class StreamingEncoder:
         # Pieces are joined only when a frame is complete, so tiny pushes stay cheap; copied, since a caller may
         # reuse its buffer.
         self._pending.append(audio.float().clone())
+        if self._num_unheard:
+            self._heard.append(self._pending[-1][:, : self._num_unheard])
+            self._num_unheard -= self._heard[-1].shape[1]
         self._num_pending += audio.shape[1]
         hop = self._codec.hop_length
         whole = self._num_pending // hop * hop
@@ -96,6 +122,9 @@ class StreamingDecoder:
     `push` returns n * hop samples, fewer while the decoder's delay fills; `flush` returns the tail. Together they are
     num_frames * hop samples, and cut to `num_samples` they are the audio that `codec.decode` gives, bit for bit.
 
+    Codecs with global codes need those of a voice, int64 [L] or [1, L], at the start. ValueError where they are
+    missing, or none of the codec's.
+
     >>> from codec.testing import tiny_codec
     >>> codec = tiny_codec()
     >>> decoder = StreamingDecoder(codec)
@@ -106,7 +135,7 @@ class StreamingDecoder:
 
     def __init__(self, codec: Codec, *, global_codes: Tensor | None = None) -> None:
         self._codec = streamable(codec)
-        self._global_codes = global_codes
+        self._global_codes = None if global_codes is None else _one_voice(codec, global_codes)[None]
         self.reset()
 
     @torch.inference_mode()
@@ -148,3 +177,9 @@ class StreamingDecoder:
         cut = min(self._codec.decode_delay_samples - self._num_trimmed, audio.shape[1])
         self._num_trimmed += cut
         return audio[:, cut:]
+
+
+def _one_voice(codec: Codec, global_codes: Tensor) -> Tensor:
+    """Global codes [L] or [1, L] as int64 [L]. ValueError where they are none of the codec's."""
+    rows = global_codes[None] if global_codes.dim() == 1 else global_codes
+    return voiced(codec).checked_global_codes(rows, 1)[0]

@@ -27,6 +27,7 @@ from codec.entropy import EntropyTables
 from codec.files import AtomicFile
 
 FILE_NAME = "tokens.safetensors"
+FEATURE_FOLDER = "features"  # beside it, where a model has one: the speech model that it hears by
 DEFAULT_MODEL = "speech_16k"
 
 
@@ -46,7 +47,8 @@ def available() -> dict[str, Path]:
 class TokenFormat:
     """The codes of a model: which model, how many to a frame, how long a frame is, how they are coded in files.
 
-    `num_frames_before` and `num_frames_after`: how far around a frame its decoder hears.
+    `num_frames_before` and `num_frames_after`: how far around a frame its decoder hears. `num_global_codes` of
+    `global_codebook_size` say the voice of a recording; most models have none.
     """
 
     codec_id: str
@@ -57,6 +59,8 @@ class TokenFormat:
     valid_num_quantizers: tuple[int, ...]
     num_frames_before: int
     num_frames_after: int
+    num_global_codes: int = 0
+    global_codebook_size: int = 0
     tables: EntropyTables | None = None
 
     @staticmethod
@@ -74,6 +78,7 @@ class TokenFormat:
                 facts = json.loads((file.metadata() or {})["token_format"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts |= {key: tuple(map(int, facts[key])) for key in ("codebook_sizes", "valid_num_quantizers")}
+            facts |= {key: int(facts.get(key, 0)) for key in ("num_global_codes", "global_codebook_size")}
             found = TokenFormat(**facts, tables=EntropyTables.from_tensors(tensors) if tensors else None)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
@@ -84,6 +89,8 @@ class TokenFormat:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a model's folder."""
         facts = {key: value for key, value in vars(self).items() if key != "tables"}
+        if not self.num_global_codes:  # programs that are older than global codes read this, too
+            del facts["num_global_codes"], facts["global_codebook_size"]
         tensors = {} if self.tables is None else self.tables.to_tensors()
         with AtomicFile(Path(folder) / FILE_NAME) as new:
             new.file.write(serialize(tensors, metadata={"token_format": json.dumps(facts)}))
@@ -106,6 +113,22 @@ class TokenFormat:
             num_frames_after=self.num_frames_after,
             entropy_id=None if self.tables is None else self.tables.id,
         )
+
+    def segment_start(self, global_codes: np.ndarray | None, *, num_channels: int = 1) -> SegmentStart:
+        """How a file with these global codes [channels, L] begins. ValueError where they are not the model's."""
+        if not self.num_global_codes:
+            if global_codes is not None:
+                raise ValueError(f"{self.model} has no global codes")
+            return SegmentStart()
+        wanted = f"[{num_channels}, {self.num_global_codes}] in 0..{self.global_codebook_size - 1}"
+        if global_codes is None:
+            raise ValueError(f"{self.model} needs global codes, {wanted}: they say the voice")
+        codes = np.asarray(global_codes)
+        if codes.shape != (num_channels, self.num_global_codes) or codes.dtype.kind not in "iu":
+            raise ValueError(f"global_codes must be integers {wanted}, got {codes.dtype} {list(codes.shape)}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.global_codebook_size:
+            raise ValueError(f"global_codes must be integers {wanted}, got {codes.min()}..{codes.max()}")
+        return SegmentStart(global_codes=codes.astype(np.int64), global_codebook_size=self.global_codebook_size)
 
 
 def open(
@@ -150,19 +173,19 @@ def write(
     num_samples: int | None = None,
     rate_hz: int | None = None,
     global_codes: np.ndarray | None = None,
-    global_codebook_size: int = 0,
 ) -> None:
     """Write codes int64 [channels, K, F] as a `.codec` file, whole or not at all. No model is loaded.
 
     `model`: the bundled model, or the folder of the model, that the codes belong to. `num_samples` per channel at
-    `rate_hz`, by default all samples of all frames at the model's rate. ValueError for codes that are not the model's.
+    `rate_hz`, by default all samples of all frames at the model's rate. `global_codes` int64 [channels, L]: the voice,
+    for models that have it apart. ValueError for codes that are not the model's.
     """
     codes = np.asarray(codes)
     if codes.ndim != 3:
         raise ValueError(f"codes must be [channels, K, F], got {list(codes.shape)}")
     token_format = TokenFormat.load(model)
     header = token_format.header(rate_hz=rate_hz, num_channels=codes.shape[0], num_quantizers=codes.shape[1])
-    start = SegmentStart(global_codes=global_codes, global_codebook_size=global_codebook_size)
+    start = token_format.segment_start(global_codes, num_channels=codes.shape[0])
     with Writer(target, header, tables=token_format.tables, start=start) as writer:
         writer.write(codes)
         writer.finish(header.num_samples_in(codes.shape[2]) if num_samples is None else num_samples)

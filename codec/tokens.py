@@ -1,6 +1,6 @@
 """Tokens: what a codec makes of audio, and the orders in which language models like to read it.
 
-Letters: B batch, K rows of codes, F frames, L global tokens, S segments.
+Letters: B batch, K rows of codes, F frames, L global tokens, S segments. `codec.token_vocabulary` makes ids of codes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ class Tokens:
             scales=None if self.scales is None else self.scales[at],
         )
 
+    def with_voice(self, global_codes: Tensor) -> Tokens:
+        """The same recordings with other global codes: [B, L], or [L] or [1, L] for all of them."""
+        batch_size = self.codes.shape[0]
+        rows = global_codes[None] if global_codes.dim() == 1 else global_codes
+        if rows.dim() != 2 or rows.shape[0] not in (1, batch_size):
+            raise ValueError(f"global_codes must be [{batch_size}, L], [1, L] or [L], got {tuple(global_codes.shape)}")
+        return replace(self, global_codes=rows.expand(batch_size, -1))
+
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on another device."""
         return replace(
@@ -112,6 +120,55 @@ def unflatten(sequence: Tensor, num_quantizers: int) -> Tensor:
     return frames.transpose(1, 2)
 
 
+def split_rows(codes: Tensor, num_coarse: int) -> tuple[Tensor, Tensor]:
+    """Codes [B, K, F] -> the first `num_coarse` rows, and the rows after them. Either may be none."""
+    if not 0 <= num_coarse <= codes.shape[1]:
+        raise ValueError(f"num_coarse={num_coarse} is not in 0..{codes.shape[1]}")
+    return codes[:, :num_coarse], codes[:, num_coarse:]
+
+
+def join_rows(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Undo `split_rows`. Both must have the same recordings and frames."""
+    if coarse.shape[0] != fine.shape[0] or coarse.shape[2] != fine.shape[2]:
+        raise ValueError(f"rows of {tuple(coarse.shape)} and {tuple(fine.shape)} are not of the same frames")
+    return torch.cat([coarse, fine], dim=1)
+
+
+def interleave(codes: Tensor, num_coarse: int, block_frames: int) -> Tensor:
+    """Codes [B, K, F] -> [B, F * K]: in each block of frames first the coarse rows, then the fine ones.
+
+    Both parts are flattened frame after frame; the last block may be shorter. Blocks of one frame are `flatten`, one
+    block of all frames is coarse first, as in AudioLM. With `num_coarse` semantic rows, what is said comes before how
+    it sounds. Source: AudioLM (Borsos et al. 2022), section III-C, semantic before acoustic and coarse before fine.
+    """
+    _check_block(block_frames)
+    coarse, fine = split_rows(codes, num_coarse)
+    parts = zip(coarse.split(block_frames, dim=2), fine.split(block_frames, dim=2), strict=True)
+    return torch.cat([flatten(part) for block in parts for part in block], dim=1)
+
+
+def deinterleave(sequence: Tensor, num_quantizers: int, num_coarse: int, block_frames: int) -> Tensor:
+    """Undo `interleave`: [B, F * K] -> [B, K, F]. The sequence must hold whole frames."""
+    _check_block(block_frames)
+    if not 0 <= num_coarse <= num_quantizers:
+        raise ValueError(f"num_coarse={num_coarse} is not in 0..{num_quantizers}")
+    if num_quantizers < 1 or sequence.shape[1] % num_quantizers:
+        raise ValueError(f"{sequence.shape[1]} codes are not whole frames of {num_quantizers}")
+    blocks = []
+    for block in sequence.split(block_frames * num_quantizers, dim=1):
+        num_frames = block.shape[1] // num_quantizers
+        num_rows = (num_coarse, num_quantizers - num_coarse)
+        parts = block.split([num_frames * n for n in num_rows], dim=1)
+        rows = [part.unflatten(1, (num_frames, n)).transpose(1, 2) for part, n in zip(parts, num_rows, strict=True)]
+        blocks.append(join_rows(*rows))
+    return torch.cat(blocks, dim=2)
+
+
+def _check_block(block_frames: int) -> None:
+    if block_frames < 1:
+        raise ValueError(f"block_frames={block_frames} must be positive")
+
+
 def delay(codes: Tensor, *, fill: int) -> Tensor:
     """Shift row k by k frames: [B, K, F] -> [B, K, F + K - 1], with `fill` where there is no code.
 
@@ -130,3 +187,27 @@ def undelay(delayed: Tensor) -> Tensor:
     if num_frames < 0:
         raise ValueError(f"{delayed.shape[2]} columns are too few for {num_rows} delayed rows")
     return torch.stack([delayed[:, k, k : k + num_frames] for k in range(num_rows)], dim=1)
+
+
+class StreamingUndelay:
+    """`undelay` of columns in pieces of any size: frames come out as soon as their last row is there.
+
+    >>> undelay_stream = StreamingUndelay(2)
+    >>> [undelay_stream.push(column).shape[2] for column in delay(torch.ones(1, 2, 3).long(), fill=0).split(1, dim=2)]
+    [0, 1, 1, 1]
+    """
+
+    def __init__(self, num_quantizers: int) -> None:
+        if num_quantizers < 1:
+            raise ValueError(f"num_quantizers={num_quantizers} must be positive")
+        self._num_rows = num_quantizers
+        self._pending: Tensor | None = None  # the columns whose frames are not complete
+
+    def push(self, delayed: Tensor) -> Tensor:
+        """Columns [B, K, n], n >= 0 -> codes [B, K, F] of the frames that they complete; F may be 0."""
+        if delayed.dim() != 3 or delayed.shape[1] != self._num_rows:
+            raise ValueError(f"columns must be [B, {self._num_rows}, n], got {tuple(delayed.shape)}")
+        columns = delayed.clone() if self._pending is None else torch.cat([self._pending, delayed], dim=2)
+        num_frames = max(0, columns.shape[2] - self._num_rows + 1)
+        self._pending = columns[:, :, num_frames:]
+        return undelay(columns) if num_frames else columns[:, :, :0]

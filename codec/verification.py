@@ -2,9 +2,9 @@
 
 A recording is encoded alone, and again in ways that should not matter: in a batch, padded, as a stream, with other
 implementations of the residual search, with other numbers of threads. Its codes are decoded likewise. Alone, in one go,
-is what the others are compared with.
+is what the others are compared with. The global codes of codecs that keep the voice apart are compared, too.
 
-Letters: C channels, T samples, K rows of codes, F frames.
+Letters: C channels, T samples, K rows of codes, F frames, L global codes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from codec.windows import WindowedDecoder, WindowedEncoder
 # `codec.windows`, for otherwise there would be nothing to see of them.
 FRAMES_PER_PIECE = 1024
 _DIFFERENCES_SHOWN = 20
+_GLOBAL = "global codes"
 _BATCH, _PADDED, _STREAM, _WINDOWS = "in a batch of 3", "padded, beside a longer one", "streamed", "in windows"
 
 
@@ -53,9 +54,9 @@ class CodeDifference:
 
 @dataclass
 class Way:
-    """How often a way of encoding (`kind` "codes") or decoding ("audio") gave something else.
+    """How often a way of encoding (`kind` "codes", or "global codes") or decoding ("audio") gave something else.
 
-    num_compared: frames, or samples of all channels. num_different: codes, or samples.
+    num_compared: frames, global codes, or samples of all channels. num_different: codes, or samples.
     largest: of a code that differs while the coarser ones of its frame do not, the largest margin: what rounding
     explains is about 1e-6 or less. Of samples, the largest difference. None where there is none.
     """
@@ -192,8 +193,10 @@ class Verifier:
             before = self.result.smallest_margin
             self.result.smallest_margin = smallest if before is None else min(before, smallest)
         batches = {_BATCH: self._in_a_batch(audio), _PADDED: self._padded(audio)}
-        for way, codes_KF in self._other_codes(audio, batches, does_search=bool(searches)):
+        for way, codes_KF, voice_L in self._other_codes(audio, batches, does_search=bool(searches)):
             self._compare_codes(name, way, alone.codes[0], codes_KF, margins_FK, first_frame)
+            if voice_L is not None and alone.global_codes is not None:
+                self._way(_GLOBAL, way).add(len(voice_L), int((voice_L != alone.global_codes[0]).sum()), None)
         heard = self._codec.decode(alone)[0]
         for way, other in self._other_audio(alone, batches):
             differing = heard != other
@@ -218,38 +221,44 @@ class Verifier:
 
     def _other_codes(
         self, audio: Tensor, batches: dict[str, Tokens], *, does_search: bool
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Each way's codes [K, F] of the recording."""
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Each way's codes [K, F] of the recording, and its global codes [L] where they are found in that way."""
         num_frames = self._codec.num_frames_for(audio.shape[2])
         for way, tokens in batches.items():
-            yield way, tokens.codes[1, :, :num_frames]
+            yield way, tokens.codes[1, :, :num_frames], _voice_of(tokens, 1)
         if self._codec.is_streamable:
             encoder = StreamingEncoder(self._codec, num_quantizers=self._num_quantizers)
             chunks = audio[0].split(_random_sizes(audio.shape[2], 16 * self._codec.hop_length), dim=1)
-            yield _STREAM, torch.cat([*map(encoder.push, chunks), encoder.flush()], dim=1)
+            codes_KF = torch.cat([*map(encoder.push, chunks), encoder.flush()], dim=1)
+            yield _STREAM, codes_KF, encoder.global_codes
         elif self._works_in_windows:
             windows = WindowedEncoder(self._codec, 1, num_quantizers=self._num_quantizers)
-            yield _WINDOWS, torch.cat([windows.push(audio.cpu()), windows.flush()], dim=2)[0]
+            yield _WINDOWS, torch.cat([windows.push(audio.cpu()), windows.flush()], dim=2)[0], None
         for impl in available_impls(audio.device.type) if does_search else ():
             with search_with(impl):
-                yield f"search {impl!r}", self._encode(audio).codes[0]
+                yield f"search {impl!r}", self._encode(audio).codes[0], None
         for count in self._thread_counts:
             with _threads(count):
-                yield _counted(count, "thread"), self._encode(audio).codes[0]
+                tokens = self._encode(audio)
+                yield _counted(count, "thread"), tokens.codes[0], _voice_of(tokens, 0)
 
     def _other_audio(self, alone: Tokens, batches: dict[str, Tokens]) -> Iterator[tuple[str, Tensor]]:
         """Each way's audio [C, T] of the tokens that the recording has alone."""
         num_samples, num_frames = int(alone.num_samples[0]), alone.codes.shape[2]
         for way, tokens in batches.items():
-            codes = tokens.codes.clone()
-            codes[1, :, :num_frames] = alone.codes[0]
-            yield way, self._codec.decode(replace(tokens, codes=codes))[1, :, :num_samples]
+            batch = replace(tokens, codes=tokens.codes.clone())
+            batch.codes[1, :, :num_frames] = alone.codes[0]
+            if tokens.global_codes is not None and alone.global_codes is not None:
+                voices = tokens.global_codes.clone()
+                voices[1] = alone.global_codes[0]
+                batch = batch.with_voice(voices)
+            yield way, self._codec.decode(batch)[1, :, :num_samples]
         if self._codec.is_streamable:
             decoder = StreamingDecoder(self._codec, global_codes=alone.global_codes)
             chunks = alone.codes[0].split(_random_sizes(num_frames, 16), dim=1)
             yield _STREAM, torch.cat([*map(decoder.push, chunks), decoder.flush()], dim=1)[:, :num_samples]
         elif self._works_in_windows:
-            windows = WindowedDecoder(self._codec, 1)
+            windows = WindowedDecoder(self._codec, 1, global_codes=alone.global_codes)
             heard = torch.cat([windows.push(alone.codes), windows.flush()], dim=2)
             yield _WINDOWS, heard[0, :, :num_samples]
         for count in self._thread_counts:
@@ -287,6 +296,11 @@ class Verifier:
         return self._ways[kind, name]
 
 
+def _voice_of(tokens: Tokens, row: int) -> Tensor | None:
+    """The global codes [L] of a row, where there are any."""
+    return None if tokens.global_codes is None else tokens.global_codes[row]
+
+
 def _margins(searches: list[Search], codes_KF: Tensor) -> Tensor | None:
     """Margins [F, K] of codes that came from these searches, one after the other; None where they did not."""
     num_frames = codes_KF.shape[1]
@@ -322,15 +336,18 @@ def _counted(number: int, noun: str) -> str:
 
 
 def text(found: Verification) -> str:
-    """For people: a table of ways of encoding, one of decoding, and the first of the codes that differ."""
+    """For people: tables of ways of encoding, one of decoding, and the first of the codes that differ."""
     titles = {
         "codes": ("codes", "promised", "frames", "codes that differ", "largest margin of them"),
+        _GLOBAL: (_GLOBAL, "promised", "compared", "codes that differ", "largest margin of them"),
         "audio": ("audio", "promised", "samples", "samples that differ", "largest difference"),
     }
     setting = f"{_counted(found.num_quantizers, 'row')} of codes, {_counted(found.num_threads, 'thread')}"
     blocks = [f"{found.model}, {setting}: {_counted(found.num_files, 'file')}, {found.seconds:.1f} s\n"]
     for kind, head in titles.items():
         ways = [way for way in found.ways if way.kind == kind]
+        if kind == _GLOBAL and not ways:
+            continue
         cells = [
             (w.name, "yes" if w.is_promised else "no", str(w.num_compared), str(w.num_different), _number(w.largest))
             for w in ways
@@ -360,7 +377,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     console = Console(file=io.StringIO(), width=400, no_color=True, highlight=False, markup=False)
     table = Table(box=None, pad_edge=False)
     for title in head:
-        table.add_column(title, justify="right" if title not in ("codes", "audio", "file", "way") else "left")
+        table.add_column(title, justify="right" if title not in ("codes", _GLOBAL, "audio", "file", "way") else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)

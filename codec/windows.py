@@ -4,15 +4,18 @@ A window is analyzed, or synthesized, together with all that its networks hear a
 So nothing differs from the whole but the rounding of floats. A codec that hears everything gets one window: the whole
 recording, when it has ended.
 
-Letters: B batch, C channels, K rows of codes, F frames, n samples.
+Letters: B batch, C channels, K rows of codes, F frames, n samples, L global codes.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from codec.models.interface import UNLIMITED, Codec
+from codec.models.voice import VoicedCodec
 
 # Frames of a window that are kept. Those around it cost time, so it is much longer than what networks hear.
 FRAMES_PER_WINDOW = 512
@@ -68,10 +71,19 @@ class WindowedEncoder:
 
 
 class WindowedDecoder:
-    """Codes [B, K, F] in pieces of any size -> audio [B, C, n] that is settled by then, in whole frames."""
+    """Codes [B, K, F] in pieces of any size -> audio [B, C, n] that is settled by then, in whole frames.
 
-    def __init__(self, codec: Codec, batch_size: int) -> None:
+    Codecs with global codes need them, int64 [B, L]; ValueError where they are missing, or none of the codec's.
+    """
+
+    def __init__(self, codec: Codec, batch_size: int, *, global_codes: Tensor | None = None) -> None:
         self._codec = codec
+        self._synthesize = codec.synthesize
+        if isinstance(codec, VoicedCodec):
+            voices = codec.voice_of(codec.checked_global_codes(global_codes, batch_size))
+            self._synthesize = functools.partial(codec.synthesize, voice=voices)
+        elif global_codes is not None:
+            raise ValueError("this codec has no global codes")
         self._is_limited = max(codec.decode_frames_before, codec.decode_frames_after) < UNLIMITED
         self._pieces: list[Tensor] = []
         self._num_pending = 0
@@ -107,7 +119,7 @@ class WindowedDecoder:
         """Audio of the frames after those that are out, up to `num_frames`."""
         hop = self._codec.hop_length
         device = next(self._codec.parameters()).device
-        audio = self._codec.synthesize(self._codec.quantizer.decode(codes.to(device)), codes.shape[2] * hop)
+        audio = self._synthesize(self._codec.quantizer.decode(codes.to(device)), codes.shape[2] * hop)
         return audio[:, :, self._num_context * hop : num_frames * hop].float()
 
     def _no_audio(self) -> Tensor:

@@ -1,5 +1,8 @@
 """What is done to a crop before the model sees it: reverberation, noise, level. Every draw comes from the caller.
 
+And, for what must not change with them, distortions of whole recordings, which say the same afterwards: other speed,
+other pitch, noise, a room.
+
 Audio is float32 [C, T], full scale at -1..1.
 """
 
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+
+from codec.audio import fit_length, resample
 
 # Draws a stretch of so many samples, [C, num_samples], at the rate and with the channels of the crop.
 DrawAudio = Callable[[np.random.Generator, int], np.ndarray]
@@ -105,20 +110,140 @@ class Augmentation:
         return levelled
 
     def _artificial_room(self, rng: np.random.Generator) -> np.ndarray:
-        """Noise that decays exponentially, after the direct sound.
+        config = self.config
+        return artificial_room(
+            rng, config.reverb_decay_ms, config.reverb_direct_db,
+            sample_rate_hz=self.sample_rate_hz, num_channels=self.num_channels,
+        )  # fmt: skip
 
-        Source: Polack, "La transmission de l'energie sonore dans les salles" (1988): the tail of a room's response is
-        Gaussian noise under an exponential envelope.
-        """
-        decay_samples = rng.uniform(*self.config.reverb_decay_ms) * self.sample_rate_hz / 1000
-        direct_db = rng.uniform(*self.config.reverb_direct_db)
-        num_samples = max(2, round(decay_samples))
-        response = rng.standard_normal((self.num_channels, num_samples))
-        response *= 10.0 ** (-3.0 * np.arange(num_samples) / decay_samples)
-        response[:, 0] = 0.0
-        response *= 10.0 ** (-direct_db / 20.0) / np.sqrt(np.square(response).sum(axis=1, keepdims=True))
-        response[:, 0] = 1.0
-        return np.asarray(response, np.float32)
+
+DISTORTIONS = ("stretch", "pitch", "noise", "reverb")
+
+
+@dataclass(frozen=True)
+class DistortionConfig:
+    """Ranges are [lowest, highest], drawn from uniformly.
+
+    stretch: how many times as fast speech becomes. pitch_semitones: by how much it rises. Others: see `AugmentConfig`.
+    """
+
+    stretch: tuple[float, float] = (0.8, 1.2)
+    pitch_semitones: tuple[float, float] = (-4.0, 4.0)
+    noise_snr_db: tuple[float, float] = (5.0, 15.0)
+    reverb_decay_ms: tuple[float, float] = (100.0, 600.0)
+    reverb_direct_db: tuple[float, float] = (0.0, 15.0)
+
+    def __post_init__(self) -> None:
+        for name in ("stretch", "pitch_semitones", "noise_snr_db", "reverb_decay_ms", "reverb_direct_db"):
+            low, high = getattr(self, name)
+            if not (np.isfinite([low, high]).all() and low <= high):
+                raise ValueError(f"{name} must be [lowest, highest], not [{low}, {high}]")
+        if min(self.stretch[0], self.reverb_decay_ms[0]) <= 0.0:
+            raise ValueError("stretch and reverb_decay_ms must be positive")
+
+
+class Distortion:
+    """Distorts recordings in one of the ways `kinds`, as many of `DISTORTIONS` as there is a source of noise for.
+
+    Source of the ways and their ranges: Gat et al., "Augmentation invariant discrete representation for generative
+    spoken language modeling" (2022), section 5, as remembered; rooms are simulated by their geometry there.
+
+    >>> distortion = Distortion(DistortionConfig(), sample_rate_hz=16000)
+    >>> distortion.kinds
+    ('stretch', 'pitch', 'reverb')
+    >>> distortion("pitch", np.zeros((1, 8000), np.float32), np.random.default_rng(0)).shape
+    (1, 8000)
+    """
+
+    def __init__(self, config: DistortionConfig, *, sample_rate_hz: int, noise: DrawAudio | None = None) -> None:
+        self.config, self.sample_rate_hz = config, sample_rate_hz
+        self.kinds = tuple(kind for kind in DISTORTIONS if kind != "noise" or noise is not None)
+        self._noise = noise
+
+    def __call__(self, kind: str, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Audio [C, T] -> [C, T], or as much longer or shorter as it was stretched. It never clips."""
+        if kind not in self.kinds:
+            raise ValueError(f"kind={kind!r} is not one of {', '.join(self.kinds)}")
+        config = self.config
+        if kind == "stretch":
+            distorted = time_stretch(audio, rng.uniform(*config.stretch), sample_rate_hz=self.sample_rate_hz)
+        elif kind == "pitch":
+            distorted = shift_pitch(audio, rng.uniform(*config.pitch_semitones), sample_rate_hz=self.sample_rate_hz)
+        elif kind == "noise":
+            assert self._noise is not None
+            snr_db = rng.uniform(*config.noise_snr_db)
+            distorted = add_noise(audio, self._noise(rng, audio.shape[1]), snr_db)
+        else:
+            response = artificial_room(
+                rng, config.reverb_decay_ms, config.reverb_direct_db,
+                sample_rate_hz=self.sample_rate_hz, num_channels=len(audio),
+            )  # fmt: skip
+            distorted = reverberate(np.pad(audio, ((0, 0), (response.shape[1] - 1, 0))), response)
+        return distorted / np.float32(max(1.0, float(np.abs(distorted).max(initial=0.0))))
+
+
+def time_stretch(audio: np.ndarray, rate: float, *, sample_rate_hz: int) -> np.ndarray:
+    """[C, T] as [C, round(T / rate)]: `rate` times as fast, at the same pitch, by a phase vocoder.
+
+    Source: Flanagan and Golden, "Phase vocoder" (1966); Laroche and Dolson, "Improved phase vocoder time-scale
+    modification of audio" (1999), section II.
+    """
+    num_samples = round(audio.shape[1] / rate)
+    size = 1 << (round(0.05 * sample_rate_hz) - 1).bit_length()  # 64 ms at 16 kHz
+    hop = size // 4
+    window = np.hanning(size + 1)[:-1]
+    num_out = -(-num_samples // hop) + 1
+    steps = np.arange(num_out) * rate  # where each frame that comes out lies among those that come in
+    before = steps.astype(np.int64)
+    padded = np.pad(audio.astype(np.float64), ((0, 0), (size // 2, (int(before[-1]) + 2) * hop + size)))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size, axis=1)[:, ::hop][:, : before[-1] + 2]
+    spectra = np.fft.rfft(frames * window)
+    share = (steps - before)[:, None]
+    magnitudes = (1 - share) * np.abs(spectra[:, before]) + share * np.abs(spectra[:, before + 1])
+    # From frame to frame a bin's phase advances by its own frequency, which deviates from the bin's centre.
+    centre = 2 * np.pi * hop / size * np.arange(size // 2 + 1)
+    deviation = np.angle(spectra[:, before + 1]) - np.angle(spectra[:, before]) - centre
+    advance = centre + deviation - 2 * np.pi * np.round(deviation / (2 * np.pi))
+    phases = np.angle(spectra[:, :1]) + np.cumsum(advance, axis=1) - advance
+    pieces = np.fft.irfft(magnitudes * np.exp(1j * phases), size) * window
+    result = np.zeros((len(audio), (num_out + 3) * hop))
+    weight = np.zeros(result.shape[1])
+    for piece in range(num_out):
+        result[:, piece * hop : piece * hop + size] += pieces[:, piece]
+        weight[piece * hop : piece * hop + size] += window**2
+    stretched = (result / np.maximum(weight, 1e-3))[:, size // 2 :][:, :num_samples]
+    return np.ascontiguousarray(stretched, np.float32)
+
+
+def shift_pitch(audio: np.ndarray, semitones: float, *, sample_rate_hz: int) -> np.ndarray:
+    """[C, T] with all frequencies higher by so many semitones, formants too, in the same time."""
+    ratio = 2.0 ** (semitones / 12.0)
+    slower = time_stretch(audio, 1.0 / ratio, sample_rate_hz=sample_rate_hz)
+    return fit_length(resample(slower, round(sample_rate_hz * ratio), sample_rate_hz), audio.shape[1])
+
+
+def artificial_room(
+    rng: np.random.Generator,
+    decay_ms: tuple[float, float],
+    direct_db: tuple[float, float],
+    *,
+    sample_rate_hz: int,
+    num_channels: int,
+) -> np.ndarray:
+    """An impulse response [C, n], the direct sound first: noise that decays exponentially, after the direct sound.
+
+    Source: Polack, "La transmission de l'energie sonore dans les salles" (1988): the tail of a room's response is
+    Gaussian noise under an exponential envelope.
+    """
+    decay_samples = rng.uniform(*decay_ms) * sample_rate_hz / 1000
+    drawn_db = rng.uniform(*direct_db)
+    num_samples = max(2, round(decay_samples))
+    response = rng.standard_normal((num_channels, num_samples))
+    response *= 10.0 ** (-3.0 * np.arange(num_samples) / decay_samples)
+    response[:, 0] = 0.0
+    response *= 10.0 ** (-drawn_db / 20.0) / np.sqrt(np.square(response).sum(axis=1, keepdims=True))
+    response[:, 0] = 1.0
+    return np.asarray(response, np.float32)
 
 
 def reverberate(audio: np.ndarray, response: np.ndarray) -> np.ndarray:

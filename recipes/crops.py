@@ -95,11 +95,13 @@ class Pool:
         for corpus, index in zip(self._corpus, self._index, strict=True):
             yield str(self._corpora[corpus].source), self._corpora[corpus].recordings[index]
 
-    def draw(self, rng: np.random.Generator, num_samples: int, num_before: int = 0) -> tuple[np.ndarray, Place]:
-        """A random stretch as float32 [C, num_before + num_samples]; zeros stand for what a recording lacks.
+    def draw(
+        self, rng: np.random.Generator, num_samples: int, num_before: int = 0, num_after: int = 0
+    ) -> tuple[np.ndarray, Place]:
+        """A random stretch as float32 [C, num_before + num_samples + num_after]; zeros for what a recording lacks.
 
-        `num_before` counts samples before the stretch. A recording that cannot be read is warned about, and the next
-        draw takes its place; after 20 such in a row, AudioError.
+        `num_before` and `num_after` count samples before and after the stretch. A recording that cannot be read is
+        warned about, and the next draw takes its place; after 20 such in a row, AudioError.
         """
         last: AudioError | None = None
         for _ in range(_MAX_DRAWS):
@@ -114,7 +116,7 @@ class Pool:
                     corpus,
                     index,
                     first - num_before,
-                    first + num_samples,
+                    first + num_samples + num_after,
                     sample_rate_hz=self.sample_rate_hz,
                     num_channels=self.num_channels,
                 )
@@ -208,12 +210,16 @@ def read_stretch(
 
 
 class Crop(NamedTuple):
-    """An item of `Crops`: the crop, its number, where it comes from, and the reference for its voice, if one is."""
+    """An item of `Crops`: the crop, its number, where it comes from, and what else is asked for.
+
+    `reference`: another stretch, for the voice. `surround`: the crop with `context_samples` before and after it.
+    """
 
     audio: Tensor  # float32 [C, crop_samples]
     item: int
     place: Place
-    reference: Tensor | None  # float32 [C, reference_samples]
+    reference: Tensor | None = None  # float32 [C, reference_samples]
+    surround: Tensor | None = None  # float32 [C, context_samples + crop_samples + context_samples]
 
 
 class Crops(Dataset[Crop]):
@@ -232,9 +238,11 @@ class Crops(Dataset[Crop]):
         augmentation: Augmentation,
         min_rms_db: float = -45.0,
         reference_samples: int | None = None,
+        context_samples: int = 0,
     ) -> None:
         self.pool = pool
         self.reference_samples = reference_samples
+        self.context_samples = context_samples
         self.crop_samples = crop_samples
         self.seed = seed
         self.augmentation = augmentation
@@ -245,16 +253,21 @@ class Crops(Dataset[Crop]):
         response = self.augmentation.draw_room(rng)
         crop, place = self._draw(item, response.shape[1] - 1)
         audio = torch.from_numpy(np.ascontiguousarray(self.augmentation(crop, response, rng)))
-        if self.reference_samples is None:
-            return Crop(audio, item, place, None)
-        rng = np.random.default_rng((self.seed, item, 2))
-        reference = self.pool.draw_reference(rng, place, self.crop_samples, self.reference_samples)
-        return Crop(audio, item, place, torch.from_numpy(np.ascontiguousarray(reference)))
+        reference = None
+        if self.reference_samples is not None:
+            rng = np.random.default_rng((self.seed, item, 2))
+            drawn = self.pool.draw_reference(rng, place, self.crop_samples, self.reference_samples)
+            reference = torch.from_numpy(np.ascontiguousarray(drawn))
+        if not self.context_samples:
+            return Crop(audio, item, place, reference)
+        inner = audio[:, self.context_samples :][:, : self.crop_samples].clone()
+        return Crop(inner, item, place, reference, surround=audio)
 
     def _draw(self, item: int, num_before: int) -> tuple[np.ndarray, Place]:
         rng = np.random.default_rng((self.seed, item))
+        num_before, num_after = num_before + self.context_samples, self.context_samples
         for _ in range(_QUIET_DRAWS):
-            crop, place = self.pool.draw(rng, self.crop_samples, num_before)
-            if np.sqrt(np.mean(np.square(crop[:, num_before:]))) >= self.min_rms:
+            crop, place = self.pool.draw(rng, self.crop_samples, num_before, num_after)
+            if np.sqrt(np.mean(np.square(crop[:, num_before:][:, : self.crop_samples]))) >= self.min_rms:
                 return crop, place
-        return self.pool.draw(rng, self.crop_samples, num_before)
+        return self.pool.draw(rng, self.crop_samples, num_before, num_after)

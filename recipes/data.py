@@ -1,6 +1,6 @@
 """What training and validation hear: batches of crops, in an order that follows from (seed, step, rank) alone.
 
-    train_dataloader(), val_dataloader() -> batches `Batch(audio, items, places, reference)`
+    train_dataloader(), val_dataloader() -> batches `Batch(audio, items, places, reference, surround)`
 
 Any number of workers, a run that was interrupted, and two processes with half the batch each see the same items.
 """
@@ -30,12 +30,17 @@ _SHOWN = 10  # skipped recordings that a warning names
 
 
 class Batch(NamedTuple):
-    """Crops, their numbers, where they come from, and references for their voices, where `reference_samples` is."""
+    """Crops, their numbers, where they come from, and what else `data` asks for.
+
+    `reference`, where there are `reference_samples`: for the voice. `surround`, with `context_samples`: the crops with
+    so much before and after them.
+    """
 
     audio: Tensor  # float32 [B, C, T]
     items: Tensor  # int64 [B]
     places: tuple[Place, ...]
     reference: Tensor | None = None  # float32 [B, C, R]
+    surround: Tensor | None = None  # float32 [B, C, context_samples + T + context_samples]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class DataSettings:
     batch_size: int = 16
     crop_samples: int = 16000
     reference_samples: int | None = None
+    context_samples: int = 0
     steps_per_epoch: int = 250
     num_workers: int = 1
     corpus_weights: dict[str, float] = field(default_factory=dict)
@@ -86,8 +92,9 @@ class DataSettings:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.reference_samples is not None and self.reference_samples < 1:
             raise ValueError(f"reference_samples must be positive or null, not {self.reference_samples}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, not {self.num_workers}")
+        for name in ("context_samples", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         for split in ("train", "dev"):
             if (getattr(self, split) is None) == (getattr(self, f"{split}_dir") is None):
                 raise ValueError(f"{split}_dir, or else {split} with a list of sources, must be given, and not both")
@@ -229,6 +236,7 @@ class SpeechData(pl.LightningDataModule):
             seed=self.seed,
             augmentation=augmentation,
             reference_samples=settings.reference_samples,
+            context_samples=settings.context_samples,
         )
 
     def train_dataloader(self) -> DataLoader[Crop]:
@@ -261,8 +269,8 @@ class SpeechData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Lightning's hook; by itself it would try to rebuild the places."""
-        reference = None if batch.reference is None else batch.reference.to(device)
-        return Batch(batch.audio.to(device), batch.items.to(device), batch.places, reference)
+        others = (None if part is None else part.to(device) for part in (batch.reference, batch.surround))
+        return Batch(batch.audio.to(device), batch.items.to(device), batch.places, *others)
 
     def crops(self) -> Crops:
         """All training items; which of them a step has is for the loader."""
@@ -314,6 +322,7 @@ class SpeechData(pl.LightningDataModule):
         seed: int,
         augmentation: Augmentation,
         reference_samples: int | None = None,
+        context_samples: int = 0,
     ) -> Crops:
         return Crops(
             pool,
@@ -322,6 +331,7 @@ class SpeechData(pl.LightningDataModule):
             augmentation=augmentation,
             min_rms_db=self.settings.min_rms_db,
             reference_samples=reference_samples,
+            context_samples=context_samples,
         )
 
     @rank_zero_only
@@ -343,9 +353,11 @@ class SpeechData(pl.LightningDataModule):
 def collate(crops: Sequence[Crop]) -> Batch:
     """One batch of numbered crops."""
     references = [crop.reference for crop in crops if crop.reference is not None]
+    surrounds = [crop.surround for crop in crops if crop.surround is not None]
     return Batch(
         torch.stack([crop.audio for crop in crops]),
         torch.tensor([crop.item for crop in crops]),
         tuple(crop.place for crop in crops),
         torch.stack(references) if references else None,
+        torch.stack(surrounds) if surrounds else None,
     )

@@ -263,6 +263,7 @@ class Settings:
     adversary: AdversarySettings | None = None
     distillation: dict[str, ObjectiveSettings] | None = None
     voice: VoiceSettings | None = None
+    features: str | None = None
     average: AverageSettings | None = None
     weight_norm: bool | None = None
     seed: int = 0

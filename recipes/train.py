@@ -13,13 +13,8 @@ in; both leave a checkpoint to resume from. The exit status is then 0 and 143; 1
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
-import logging
-import os
 import sys
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +22,19 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from codec import config as codec_config
+from codec.features import load_speech_model
+from codec.models.bicodec import BiCodec
 from codec.models.interface import Codec
 from codec.pretrained import load
 from recipes import published_bugs as _published_bugs  # noqa: F401  (registers its configuration)
-from recipes.callbacks import Checkpoints, DevExamples, ProgressBar, TimeIsUp, parse_duration
+from recipes.callbacks import DevExamples
 from recipes.data import DataSettings, SpeechData, parse_data
-from recipes.distributed import AllReduceStrategy, num_processes
+from recipes.distributed import num_processes
 from recipes.module import CodecTraining, NonFiniteError
+from recipes.runs import build_trainer, changes_between, check_same_run, fit, last_checkpoint, run_command
 from recipes.settings import Settings, one_line, parse
 
 # What may differ when a run is resumed: nothing of it changes what the steps compute, but `max_steps`, which says how
@@ -77,7 +72,7 @@ def build_codec(settings: Settings) -> Codec:
         return codec
     config = codec_config.from_dict(settings.model, "model")
     wanted = codec_config.to_dict(config)
-    changes = _changes(codec_config.to_dict(codec.config), wanted, "model")
+    changes = changes_between(codec_config.to_dict(codec.config), wanted, "model")
     others = [change for change in changes if change[0] not in _FREE_FROM_WEIGHTS]
     if others:
         path, theirs, ours = others[0]
@@ -106,17 +101,14 @@ def train(config: DictConfig) -> CodecTraining:
     """Run one experiment; return the trained module. Raises ValueError for a configuration that cannot run."""
     settings = parse(config)
     output_dir = Path(settings.output_dir)
-    last = output_dir / "checkpoints" / "last.ckpt"
-    _check_output(settings, last)
-    trainer_settings = dict(settings.trainer)
-    max_time = trainer_settings.pop("max_time", None)
-    duration = parse_duration(max_time) if max_time is not None else None
+    last = last_checkpoint(output_dir, resume=settings.resume)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     if settings.resume:
         settings = _resumed(settings, output_dir / "config.yaml")
     codec = build_codec(settings)
+    _attach_features(codec, settings.features)
     module = CodecTraining(codec, settings)
     data_settings = parse_data(settings.data)
     _check_crops(module, data_settings)
@@ -132,43 +124,21 @@ def train(config: DictConfig) -> CodecTraining:
     data.setup()
     if module.distillation is not None:
         module.distillation.check(data)
-    has_progress_bar = trainer_settings.pop("enable_progress_bar", None)
-    callbacks: list[pl.Callback] = [
-        DevExamples(settings.validation.num_examples),
-        Checkpoints(output_dir / "checkpoints", monitor=module.monitored, max_time=duration),
-    ]
-    if has_progress_bar or (has_progress_bar is None and sys.stderr.isatty()):
-        callbacks.insert(0, ProgressBar(module.monitored))  # to be gone before the line of whoever stops the run
-    trainer = pl.Trainer(
-        **trainer_settings,
-        strategy=AllReduceStrategy() if num_processes(trainer_settings) > 1 else "auto",
-        default_root_dir=output_dir,
-        logger=_loggers(output_dir),
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
+    trainer = build_trainer(
+        settings.trainer,
+        output_dir,
+        monitor=module.monitored,
+        callbacks=[DevExamples(settings.validation.num_examples)],
     )
     if trainer.is_global_zero:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         config = OmegaConf.create(_plain(settings) | {"model": codec_config.to_dict(codec.config)})
         OmegaConf.save(config, output_dir / "config.yaml")
-        _warn_of_a_late_quantizer(module, data_settings, num_processes(trainer_settings))
-    with warnings.catch_warnings():
-        # It is: the items of a step follow from its number.
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-        with contextlib.suppress(TimeIsUp):
-            trainer.fit(module, data, ckpt_path=str(last) if settings.resume else None, weights_only=True)
+        _warn_of_a_late_quantizer(module, data_settings, num_processes(settings.trainer))
+    fit(trainer, module, data, last if settings.resume else None)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {settings.max_steps}; python -m tools.export {output_dir} FOLDER")
     return module
-
-
-def _loggers(output_dir: Path) -> list[Any]:
-    loggers: list[Any] = [CSVLogger(output_dir, name="logs")]
-    if importlib.util.find_spec("tensorboard") is not None:
-        loggers.append(TensorBoardLogger(output_dir, name="tensorboard", default_hp_metric=False))
-    return loggers
 
 
 def _checked(codec: Any) -> Codec:
@@ -177,17 +147,28 @@ def _checked(codec: Any) -> Codec:
     return codec
 
 
-def _check_output(settings: Settings, last: Path) -> None:
-    if last.exists() and not settings.resume:
-        raise ValueError(
-            f"{settings.output_dir} holds a run already; pass resume=true to continue it, or another output_dir"
-        )
-    if settings.resume and not last.exists():
-        raise ValueError(f"{settings.output_dir} holds no checkpoint to resume from")
+def _attach_features(codec: Codec, source: str | None) -> None:
+    """Give a codec the speech model that it hears by, if it does: the one in `source`, or that of `init_from`."""
+    if not isinstance(codec, BiCodec):
+        if source is not None:
+            raise ValueError("features: this model hears audio itself, not by a speech model")
+        return
+    if source is None and codec.feature_folder is not None and codec.feature_folder.is_dir():
+        source = str(codec.feature_folder)
+    if source is None:
+        raise ValueError("features is needed: the folder of the speech model that this codec hears by")
+    try:
+        codec.attach_features(load_speech_model(source))
+    except ValueError as error:
+        raise ValueError(f"features: {error}") from error
 
 
 def _check_crops(module: CodecTraining, data: DataSettings) -> None:
     """Crops that are too short for a spectrum would fail in the first step; silence tells before."""
+    if data.context_samples and not module.codec.hears_by_features:
+        raise ValueError("data.context_samples: nothing hears it, for this model hears no more than its crops")
+    if data.context_samples % module.codec.hop_length:
+        raise ValueError(f"data.context_samples must be whole frames, of {module.codec.hop_length} samples each")
     shortest = module.adversary.min_samples if module.adversary is not None else 1
     heard = data.crop_samples
     if module.adversary is not None and module.adversary.settings.crop_samples is not None:
@@ -231,23 +212,8 @@ def _resumed(settings: Settings, file: Path) -> Settings:
     now = _plain(settings)
     if settings.model is None:
         now["model"] = before["model"]
-    changes = [change for change in _changes(before, now, "") if not change[0].startswith(_FREE_ON_RESUME)]
-    if changes:
-        told = ", ".join(f"{path} was {old}, now {new}" for path, old, new in changes[:3])
-        rest = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise ValueError(f"this is not the run in {file.parent}: {told}{rest}; another run needs another output_dir")
+    check_same_run(file.parent, before, now, free=_FREE_ON_RESUME)
     return replace(settings, model=before["model"])
-
-
-def _changes(before: Any, after: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """Dotted paths at which two trees of plain values differ, with both values."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return [] if before == after else [(path, before, after)]
-    return [
-        change
-        for key in (*before, *(key for key in after if key not in before))
-        for change in _changes(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-    ]
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -260,13 +226,7 @@ def _run(config: DictConfig) -> None:
 
 def main() -> None:
     """Command line entry: a mistake in the configuration is one line, not a traceback."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's of PyTorch 2.11; nobody here can heed it
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors come through to here
-    try:
-        _run()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run_command(_run)
 
 
 if __name__ == "__main__":

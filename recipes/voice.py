@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codec.models.bicodec import BiCodec
 from codec.models.voice import VoicedCodec
 from recipes.data import Batch
 from recipes.distributed import rank_and_size, share_of
@@ -51,12 +52,17 @@ class VoiceTraining:
         voice, losses = self.voices(batch.audio if batch.reference is None else batch.reference, step)
         disguise = self._draw_disguise(len(batch.audio), draws)
         disguise = None if disguise is None else disguise.to(batch.audio.device)
-        audio, own_losses = self.codec.reconstruct_for_training(batch.audio, quantize, voice, disguise)
+        if isinstance(self.codec, BiCodec):
+            audio, own_losses = self.codec.reconstruct_for_training(
+                batch.audio, quantize, voice, disguise, surround=batch.surround
+            )
+        else:
+            audio, own_losses = self.codec.reconstruct_for_training(batch.audio, quantize, voice, disguise)
         return audio.float(), losses | own_losses
 
     def voices(self, references: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """References [B, C, R] -> what the decoder is told of them [B, V], and losses."""
-        heard = self.codec.hear_voice(references)
+        heard = self.codec.hear_voice(self.codec.levelled(references))
         if step < self.settings.warmup_steps:
             return heard.x_vector, {}
         with torch.autocast(references.device.type, enabled=False):

@@ -29,7 +29,7 @@ from typer.testing import CliRunner, Result
 
 from codec.cli import app
 from codec.pretrained import save
-from codec.testing import speech_like, tiny_codec
+from codec.testing import speech_like, tiny_codec, tiny_voiced_codec
 
 HOP_LENGTH, RATE_HZ = 64, 16000  # of the tiny codec
 
@@ -39,6 +39,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(tiny_codec(), folder, name="tiny@1", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def voiced_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with global codes: those of the first 4000 samples."""
+    folder = tmp_path_factory.mktemp("models") / "voiced"
+    save(tiny_voiced_codec(), folder, name="voiced@1", dtype="float32")
     return folder
 
 

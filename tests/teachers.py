@@ -1,7 +1,6 @@
 """Small teachers of random weights for experiments that learn from some."""
 
 from pathlib import Path
-from typing import Any
 
 import soundfile
 import torch
@@ -54,12 +53,23 @@ def save_words(file: Path, recordings: Path) -> Path:
 def compose_experiment(experiment: str, *overrides: str, **teachers: Path) -> DictConfig:
     """What the command line makes of an experiment, with the teachers that it needs: these, or names that stand in."""
     arguments = (f"experiment={experiment}", *overrides)
-    return compose(*arguments, *_named(compose(*arguments).get("distillation"), **teachers))
+    return compose(*arguments, *_named(compose(*arguments), **teachers))
 
 
-def _named(distillation: Any, *, speech: object = "x", text: object = "x", words: object = "x") -> list[str]:
-    overrides = []
-    for name, objective in (distillation or {}).items():
+def needs_teachers(config: DictConfig) -> bool:
+    """Whether a configuration is of an experiment that learns from, or hears by, other models."""
+    return bool(config.get("distillation")) or _hears_by_features(config)
+
+
+def _hears_by_features(config: DictConfig) -> bool:
+    return config.model is not None and config.model.get("type") == "bicodec"
+
+
+def _named(
+    config: DictConfig, *, speech: object = "x", text: object = "x", words: object = "x", features: object = "x"
+) -> list[str]:
+    overrides = [f"features={features}"] if _hears_by_features(config) else []
+    for name, objective in (config.get("distillation") or {}).items():
         teacher = f"distillation.{name}.teacher"
         if objective.teacher.type == "speech_teacher":
             overrides.append(f"{teacher}.source={speech}")
@@ -69,9 +79,12 @@ def _named(distillation: Any, *, speech: object = "x", text: object = "x", words
 
 
 def small_teachers(folder: Path, recordings: Path) -> dict[str, Path]:
-    """Both teachers and the words of recordings: what `compose_experiment` takes."""
+    """Both teachers, the words of recordings, and a model to hear by: what `compose_experiment` takes."""
     return {
         "speech": save_model(folder / "speech", head="Model", num_hidden_layers=NUM_LAYERS),
         "text": save_text_model(folder / "text"),
         "words": save_words(folder / "words.jsonl", recordings),
+        "features": save_model(
+            folder / "features", "w2v-bert", head="Model", num_hidden_layers=4, hidden_size=256, intermediate_size=16
+        ),
     }

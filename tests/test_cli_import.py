@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_import_bicodec as bicodec
 import test_import_dac as dac
 import test_import_encodec as encodec
 import test_import_hificodec as hificodec
@@ -39,6 +40,10 @@ def _checkpoint(kind: str, folder: Path) -> Path:
     """A folder with a tiny checkpoint, as a user would have it."""
     source = folder / f"{kind}_source"
     source.mkdir()
+    if kind == "bicodec":
+        (source / "config.yaml").write_text(json.dumps({"audio_tokenizer": bicodec.TINY}))  # which is YAML, too
+        save_file(bicodec._tensors(), source / "model.safetensors")
+        return source
     if kind == "hificodec":
         settings: dict[str, Any] = HIFICODEC_SETTINGS
         (source / "config.json").write_text(json.dumps(settings))
@@ -69,6 +74,7 @@ def _checkpoint(kind: str, folder: Path) -> Path:
             "speechtokenizer",
             ["audio 1 channel(s) at 16000 Hz, 6 per frame", "codes 1 to 4 rows", "streams no: it looks"],
         ),
+        ("bicodec", ["audio 1 channel(s) at 16000 Hz, 8 per frame", "codes 1 rows", "encodes once its speech model"]),
     ],
 )
 def test_a_checkpoint_becomes_a_model(folder: Path, kind: str, lines: list[str]) -> None:
@@ -170,7 +176,7 @@ def test_a_failure_leaves_what_was_there(folder: Path, monkeypatch: pytest.Monke
         (["noise.safetensors", "ours"], "noise.safetensors cannot be read"),
         (
             ["other.safetensors", "ours"],
-            "other.safetensors is no checkpoint that is known (encodec, dac, hificodec, speechtokenizer)",
+            "other.safetensors is no checkpoint that is known (encodec, dac, hificodec, speechtokenizer, bicodec)",
         ),
         ([".", "ours"], "config.json cannot be read"),
         (["encodec_source", "ours", "--kind", "mp3"], "kind='mp3' is not one of"),

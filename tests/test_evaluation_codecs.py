@@ -176,6 +176,20 @@ def test_a_model_is_coded_as_by_hand(model: Path) -> None:
     assert len(coder.code(speech_like(7001, rate_hz=22050), 22050, 3).audio) == 7001
 
 
+def test_global_codes_are_counted(voiced_model: Path, tmp_path: Path) -> None:
+    (coder,) = model_coders([voiced_model], [1])
+    audio = speech_like(6500)
+    coded = coder.code(audio, 16000, 1)
+    assert coded.packed_bits == 4 * 6 + 102 * 6
+    assert coded.coded_bytes == 3 + -(-102 * 6 // 8)
+    write_wav(tmp_path / "in.wav", audio[None])
+    succeed("encode", tmp_path / "in.wav", tmp_path / "x.codec", "-m", voiced_model, "-k", 1)
+    assert coded.file_bytes == (tmp_path / "x.codec").stat().st_size
+    succeed("decode", tmp_path / "x.codec", tmp_path / "out.wav", "-m", voiced_model)
+    heard = soundfile.read(tmp_path / "out.wav", dtype="float32")[0]
+    assert np.abs(heard - coded.audio).max() < 1e-4  # 16-bit output
+
+
 def test_a_stereo_model_that_looks_ahead_hears_mono_twice(tmp_path: Path) -> None:
     import torch
 

@@ -14,6 +14,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "kernels": set(),
     "tokens": set(),
+    "token_order": set(),
+    "token_vocabulary": {"token_order", "tokens"},
     "files": set(),
     "stretch": set(),
     "entropy": set(),
@@ -26,15 +28,26 @@ ALLOWED: dict[str, set[str]] = {
     "token_format": {"bitstream", "entropy", "files"},
     "layers": {"kernels"},
     "quantizers": {"config", "kernels", "layers"},
-    "models": {"config", "layers", "quantizers", "token_format", "tokens"},
+    "models": {"config", "features", "layers", "quantizers", "token_format", "tokens"},
     "streaming": {"models", "tokens"},
     "importers": {"config", "files", "layers", "models", "quantizers", "tokens"},
     "pretrained": {"config", "models", "quantizers", "token_format"},
     "windows": {"models"},
-    "transcode": {"audio", "bitstream", "models", "stretch", "windows"},
+    "transcode": {"audio", "bitstream", "models", "stretch", "token_format", "windows"},
     "batch": {"files"},
 }
-ATOP = {"__main__", "cli", "evaluation", "jobs", "reports", "testing", "verification"}  # may import all of the library
+ATOP = {
+    "__main__",
+    "cli",
+    "console",
+    "evaluation",
+    "jobs",
+    "reports",
+    "testing",
+    "units",
+    "units_cli",
+    "verification",
+}  # may import all of the library
 HEAVY = ["torch", "pytorch_lightning", "hydra", "librosa", "transformers", "torchaudio", "triton", "numpy", "soundfile"]
 
 

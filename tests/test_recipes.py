@@ -8,12 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from runs import CONFIGS, LIGHTNING_WARNINGS, compose, tiny_run, write_recordings
-from teachers import compose_experiment, small_teachers
+from teachers import compose_experiment, needs_teachers, small_teachers
 
 import codec
 from codec.config import build, from_dict
 from codec.importers.encodec import ENCODEC_24KHZ, ENCODEC_48KHZ
 from codec.importers.speechtokenizer import SPEECHTOKENIZER_16KHZ
+from codec.models.bicodec import BiCodecConfig
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ
 from codec.models.hificodec import HIFICODEC_16K_320D, HIFICODEC_24K_240D, HIFICODEC_24K_320D
 from codec.models.seanet import SOUNDSTREAM_16KHZ
@@ -28,6 +29,7 @@ from tools.export import export
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
 PUBLISHED = {
+    "bicodec_16k": BiCodecConfig(feature_padding="end"),
     "soundstream_16k": SOUNDSTREAM_16KHZ,
     "encodec_24k": ENCODEC_24KHZ,
     "encodec_48k": ENCODEC_48KHZ,
@@ -127,7 +129,7 @@ def test_every_tiny_experiment_takes_steps(experiment: str, tmp_path: Path) -> N
     rate_hz, num_channels = model.sample_rate_hz, model.get("num_channels", 1)
     crop = 4 * shown.loss.terms[next(iter(shown.loss.terms))].get("window_samples", [2048])[-1] + 2048
     recordings = write_recordings(tmp_path / "audio", rate_hz=rate_hz, num_channels=num_channels)
-    teachers = small_teachers(tmp_path, recordings) if shown.get("distillation") else {}
+    teachers = small_teachers(tmp_path, recordings) if needs_teachers(shown) else {}
     trained = train(
         compose_experiment(
             experiment,

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.streaming import StreamingDecoder, StreamingEncoder
-from codec.testing import speech_like, tiny_codec
+from codec.testing import speech_like, tiny_codec, tiny_voiced_codec
 
-CODEC = tiny_codec()
-HOP = CODEC.hop_length
+CODEC, VOICED = tiny_codec(), tiny_voiced_codec()
+HOP, VOICE_SAMPLES = CODEC.hop_length, VOICED.voice_samples
 
 
 def _audio(num_samples: int) -> torch.Tensor:
@@ -113,3 +113,95 @@ def test_callers_mistakes_are_value_errors() -> None:
     for call in (lambda: encoder.push(torch.zeros(1, 1)), encoder.flush, decoder.flush):
         with pytest.raises(ValueError, match="was flushed"):
             call()
+
+
+# Codecs that keep the voice apart
+
+
+def _voice(encoder: StreamingEncoder) -> torch.Tensor:
+    voice = encoder.global_codes
+    assert voice is not None
+    return voice
+
+
+@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=6))
+@settings(max_examples=25)
+def test_a_stream_has_the_voice_of_the_file_as_soon_as_it_was_heard(sizes: list[int]) -> None:
+    audio = _audio(sum(sizes))
+    tokens = VOICED.encode(audio[None])
+    assert tokens.global_codes is not None
+    expected = tokens.global_codes[0]
+    encoder, num_pushed, codes = StreamingEncoder(VOICED), 0, []
+    for piece in audio.split(sizes, dim=1):
+        codes.append(encoder.push(piece))
+        num_pushed += piece.shape[1]
+        voice = encoder.global_codes
+        assert (voice is not None) == (num_pushed >= VOICE_SAMPLES)
+        assert voice is None or torch.equal(voice, expected)
+    codes.append(encoder.flush())
+    assert torch.equal(_voice(encoder), expected)
+    assert torch.equal(torch.cat(codes, dim=1), tokens.codes[0])
+
+
+def test_the_voice_may_be_asked_for_at_any_time() -> None:
+    audio = _audio(3 * VOICE_SAMPLES)
+    encoder = StreamingEncoder(VOICED)
+    encoder.push(audio)
+    kept = sum(piece.shape[1] for piece in encoder._heard)
+    encoder.flush()
+    assert kept == VOICE_SAMPLES, "what says nothing of the voice is not kept"
+    assert torch.equal(_voice(encoder), VOICED.encode_global(audio[None])[0])
+
+
+def test_voices_of_forks_and_of_the_next_recording() -> None:
+    first, other = _audio(VOICE_SAMPLES + 100), torch.rand(1, VOICE_SAMPLES) - 0.5
+    encoder = StreamingEncoder(VOICED)
+    encoder.push(first[:, :1000])
+    fork = encoder.fork()
+    encoder.push(first[:, 1000:])
+    fork.push(other[:, 1001:])
+    assert fork.global_codes is None
+    fork.push(other[:, :1])
+    mixed = torch.cat([first[:, :1000], other[:, 1001:], other[:, :1]], dim=1)
+    for stream, heard in ((encoder, first), (fork, mixed)):
+        assert torch.equal(_voice(stream), VOICED.encode_global(heard[None])[0])
+    encoder.reset()
+    assert encoder.global_codes is None
+    encoder.push(other)
+    assert torch.equal(_voice(encoder), VOICED.encode_global(other[None])[0])
+    assert not torch.equal(VOICED.encode_global(other[None]), VOICED.encode_global(first[None]))
+
+
+def test_a_given_voice_is_there_at_once_and_stays() -> None:
+    voice = torch.tensor([3, 0, 63, 9])
+    for given_voice in (voice, voice[None]):
+        encoder = StreamingEncoder(VOICED, global_codes=given_voice)
+        for _ in range(2):
+            encoder.push(_audio(VOICE_SAMPLES))
+            assert _voice(encoder).tolist() == voice.tolist()
+            encoder.reset()
+    assert StreamingEncoder(CODEC).global_codes is None
+
+
+def test_a_stream_speaks_in_the_voice_it_is_given() -> None:
+    tokens = VOICED.encode(_audio(10 * HOP)[None])
+    for voice in (torch.tensor([3, 0, 63, 9]), torch.tensor([[60, 1, 2, 3]])):
+        decoder = StreamingDecoder(VOICED, global_codes=voice)
+        expected = VOICED.decode(tokens.with_voice(voice))[0]
+        for _ in range(2):
+            heard = torch.cat([*map(decoder.push, tokens.codes[0].split([3, 7], dim=1)), decoder.flush()], dim=1)
+            assert torch.equal(heard, expected)
+            decoder.reset()
+        assert not torch.equal(expected, VOICED.decode(tokens)[0])
+
+
+def test_voices_that_are_missing_or_none_of_the_codecs() -> None:
+    with pytest.raises(ValueError, match=r"this codec needs global codes, int64 \[1, 4\] in 0\.\.63"):
+        StreamingDecoder(VOICED)
+    voice = torch.zeros(4, dtype=torch.int64)
+    for make in (StreamingEncoder, StreamingDecoder):
+        for wrong in (voice[:3], voice + 64, voice.float(), voice.expand(2, 4), torch.tensor(3)):
+            with pytest.raises(ValueError, match=r"global_codes must be int64 \[1, 4\]"):
+                make(VOICED, global_codes=wrong)
+        with pytest.raises(ValueError, match="does not keep the voice apart"):
+            make(CODEC, global_codes=voice)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from containers import CODED, END, GLOBAL, HEADER, INDEX, PACKED, SEGMENT, blocks_of, likely_codes, some_tables
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import codec
@@ -119,6 +120,7 @@ FACTS = {name: value for name, value in vars(FORMAT).items() if name != "tables"
         (lambda path: save_file({}, path, _metadata(None)), "cannot be read"),
         (lambda path: save_file({}, path, _metadata({"model": "a@1"})), "cannot be read: 'codebook_sizes'"),
         (lambda path: save_file({}, path, _metadata(FACTS | {"codebook_sizes": ["x"]})), "cannot be read"),
+        (lambda path: save_file({}, path, _metadata(FACTS | {"num_global_codes": "x"})), "cannot be read"),
         (lambda path: save_file({}, path, _metadata(FACTS | {"more": 1})), "cannot be read"),
         (lambda path: save_file(TABLES.to_tensors(), path, _metadata({})), "cannot be read"),
         (
@@ -237,8 +239,7 @@ def test_write_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
         (good, {"num_samples": 3201}, "take 11 frames, but 10 came"),
         (good, {"num_samples": -1}, "-1 samples"),
         (good, {"rate_hz": 0}, "must be positive"),
-        (good, {"global_codes": np.zeros((2, 4), int), "global_codebook_size": 4}, r"must be \[1, L\]"),
-        (good, {"global_codes": np.zeros((1, 4), int)}, "outside a codebook of 0"),
+        (good, {"global_codes": np.zeros((1, 4), int)}, "tiny@1 has no global codes"),
     ]
     for codes, options, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
@@ -249,17 +250,48 @@ def test_write_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
         codec.join([], tmp_path / "a.codec")
 
 
-def test_streams_and_global_codes(folder: Path) -> None:
+VOICED = replace(FORMAT, num_global_codes=3, global_codebook_size=5)
+
+
+def test_models_without_global_codes_say_nothing_of_them(tmp_path: Path) -> None:
+    """So what older programs read stays the same, and what they wrote is read."""
+    for token_format, names in ((FORMAT, set()), (VOICED, {"num_global_codes", "global_codebook_size"})):
+        token_format.save(tmp_path)
+        with safe_open(tmp_path / FILE_NAME, "numpy") as file:
+            facts = json.loads(file.metadata()["token_format"])
+        assert {name for name in facts if "global" in name} == names
+        assert replace(TokenFormat.load(tmp_path), tables=None) == replace(token_format, tables=None)
+
+
+def test_write_refuses_global_codes_that_are_not_the_models(tmp_path: Path) -> None:
+    VOICED.save(tmp_path)
+    for global_codes, message in (
+        (None, r"tiny@1 needs global codes, \[2, 3\] in 0..4: they say the voice"),
+        (np.zeros((2, 4), int), r"must be integers \[2, 3\] in 0..4, got int64 \[2, 4\]"),
+        (np.zeros((1, 3), int), r"must be integers \[2, 3\] in 0..4, got int64 \[1, 3\]"),
+        (np.zeros((2, 3)), r"must be integers \[2, 3\] in 0..4, got float64 \[2, 3\]"),
+        (np.array([[0, 1, 2], [0, 5, 0]]), r"must be integers \[2, 3\] in 0..4, got 0..5"),
+        (np.array([[0, 1, 2], [0, -1, 0]]), r"must be integers \[2, 3\] in 0..4, got -1..2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codec.write(io.BytesIO(), np.zeros((2, 3, 5), int), model=tmp_path, global_codes=global_codes)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_streams_and_global_codes(dtype: Any, tmp_path: Path) -> None:
+    VOICED.save(tmp_path)
     target, codes = io.BytesIO(), likely_codes(TABLES, 1, 20)
-    global_codes = np.array([[3, 1, 2]])
-    codec.write(target, codes.tolist(), model=folder, global_codes=global_codes, global_codebook_size=4)  # type: ignore[arg-type]
-    file = codec.open(io.BytesIO(target.getvalue()), model=folder)
+    global_codes = np.array([[3, 1, 4]])
+    codec.write(target, codes.tolist(), model=tmp_path, global_codes=global_codes.astype(dtype))  # type: ignore[arg-type]
+    file = codec.open(io.BytesIO(target.getvalue()), model=tmp_path)
     np.testing.assert_array_equal(file.read(), codes)
-    np.testing.assert_array_equal(file.segments[0].start.global_codes, global_codes)
+    start = file.segments[0].start
+    np.testing.assert_array_equal(start.global_codes, global_codes)
+    assert (start.global_codebook_size, start.num_global_bits) == (5, 9)
     cut, joined = io.BytesIO(), io.BytesIO()
-    codec.cut(io.BytesIO(target.getvalue()), cut, 1000, 2000, model=folder)
-    codec.join([io.BytesIO(f.getvalue()) for f in (cut, target)], joined, model=folder)
-    segments = codec.open(io.BytesIO(joined.getvalue()), model=folder).segments
+    codec.cut(io.BytesIO(target.getvalue()), cut, 1000, 2000, model=tmp_path)
+    codec.join([io.BytesIO(f.getvalue()) for f in (cut, target)], joined, model=tmp_path)
+    segments = codec.open(io.BytesIO(joined.getvalue()), model=tmp_path).segments
     assert [segment.num_samples for segment in segments] == [2000, 6400]
     assert all(np.array_equal(segment.start.global_codes, global_codes) for segment in segments)  # type: ignore[arg-type]
 

@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codec.tokens import Tokens, delay, flatten, undelay, unflatten
+from codec.tokens import (
+    StreamingUndelay,
+    Tokens,
+    deinterleave,
+    delay,
+    flatten,
+    interleave,
+    join_rows,
+    split_rows,
+    undelay,
+    unflatten,
+)
 
 
 @st.composite
@@ -88,6 +99,20 @@ def test_stack_pads_to_the_longest_and_row_finds_each_again(nums_frames: list[in
         assert torch.equal(row.num_samples, part.num_samples)
 
 
+def test_with_voice_gives_every_row_the_global_codes() -> None:
+    tokens = Tokens.stack([make_tokens(global_codes=torch.tensor([[n, n]])) for n in range(2)])
+    for voice in (torch.tensor([7, 8, 9]), torch.tensor([[7, 8, 9]])):
+        other = tokens.with_voice(voice)
+        assert other.global_codes is not None
+        assert other.global_codes.tolist() == [[7, 8, 9], [7, 8, 9]]
+        assert other.codes is tokens.codes
+    two = torch.tensor([[1, 2], [3, 4]])
+    assert torch.equal(tokens.with_voice(two).global_codes, two)  # type: ignore[arg-type]
+    for wrong in (torch.zeros(3, 2), torch.zeros(1, 1, 2), torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"global_codes must be \[2, L\], \[1, L\] or \[L\]"):
+            tokens.with_voice(wrong)
+
+
 def test_stack_joins_global_codes_and_scales() -> None:
     parts = [
         make_tokens(4, global_codes=torch.tensor([[1, 2]]), scales=torch.tensor([[0.5]])),
@@ -124,7 +149,7 @@ def test_stack_refuses_what_does_not_belong_together() -> None:
         {"num_samples": torch.tensor(1)},
     ],
 )
-def test_wrong_shapes_and_types_are_errors(changes: dict[str, Tensor]) -> None:
+def test_wrong_shapes_and_types_are_errors(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be int64"):
         make_tokens(**changes)
 
@@ -174,3 +199,62 @@ def test_undelay_undoes_delay(codes: Tensor, fill: int) -> None:
 def test_undelay_wants_enough_columns() -> None:
     with pytest.raises(ValueError, match="1 columns are too few for 3 delayed rows"):
         undelay(torch.zeros(1, 3, 1, dtype=torch.int64))
+
+
+def test_the_order_of_interleaved_codes() -> None:
+    """Blocks of two frames, then one of one; in each the coarse row, then the fine ones frame after frame."""
+    codes = torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])
+    assert interleave(codes, 1, 2).tolist() == [[1, 2, 4, 7, 5, 8, 3, 6, 9]]
+    assert interleave(codes, 2, 2).tolist() == [[1, 4, 2, 5, 7, 8, 3, 6, 9]]
+
+
+@given(codes=codes(), data=st.data())
+def test_deinterleave_undoes_interleave(codes: Tensor, data: st.DataObject) -> None:
+    num_coarse, block_frames = data.draw(st.integers(0, codes.shape[1])), data.draw(st.integers(1, 9))
+    sequence = interleave(codes, num_coarse, block_frames)
+    assert sequence.shape == (codes.shape[0], codes.shape[2] * codes.shape[1])
+    assert torch.equal(deinterleave(sequence, codes.shape[1], num_coarse, block_frames), codes)
+    assert torch.equal(interleave(codes, num_coarse, 1), flatten(codes))
+    coarse_first = torch.cat([flatten(rows) for rows in split_rows(codes, num_coarse)], dim=1)
+    assert torch.equal(interleave(codes, num_coarse, codes.shape[2] + 1), coarse_first)
+
+
+@given(codes=codes(), data=st.data())
+def test_join_rows_undoes_split_rows(codes: Tensor, data: st.DataObject) -> None:
+    num_coarse = data.draw(st.integers(0, codes.shape[1]))
+    coarse, fine = split_rows(codes, num_coarse)
+    assert (coarse.shape[1], fine.shape[1]) == (num_coarse, codes.shape[1] - num_coarse)
+    assert torch.equal(join_rows(coarse, fine), codes)
+
+
+def test_orders_that_cannot_be_are_errors() -> None:
+    codes = torch.zeros(1, 2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_coarse=3 is not in 0\.\.2"):
+        split_rows(codes, 3)
+    with pytest.raises(ValueError, match="are not of the same frames"):
+        join_rows(codes, codes[:, :, :2])
+    with pytest.raises(ValueError, match="block_frames=0 must be positive"):
+        interleave(codes, 1, 0)
+    with pytest.raises(ValueError, match="block_frames=0 must be positive"):
+        deinterleave(flatten(codes), 2, 1, 0)
+    with pytest.raises(ValueError, match=r"num_coarse=3 is not in 0\.\.2"):
+        deinterleave(flatten(codes), 2, 3, 1)
+    with pytest.raises(ValueError, match="6 codes are not whole frames of 4"):
+        deinterleave(flatten(codes), 4, 1, 1)
+    with pytest.raises(ValueError, match="num_quantizers=0 must be positive"):
+        StreamingUndelay(0)
+    with pytest.raises(ValueError, match=r"columns must be \[B, 2, n\]"):
+        StreamingUndelay(2).push(codes[:, :1])
+
+
+@given(codes=codes(), data=st.data())
+def test_undelay_of_a_stream_gives_frames_as_soon_as_they_are_whole(codes: Tensor, data: st.DataObject) -> None:
+    num_rows, delayed = codes.shape[1], delay(codes, fill=-1)
+    stream, parts = StreamingUndelay(num_rows), []
+    places = sorted(data.draw(st.lists(st.integers(0, delayed.shape[2]), max_size=6)))
+    for start, stop in zip([0, *places], [*places, delayed.shape[2]], strict=True):
+        chunk = delayed[:, :, start:stop].clone()
+        parts.append(stream.push(chunk))
+        chunk.fill_(-7)  # a caller may reuse its buffer
+        assert sum(part.shape[2] for part in parts) == max(0, stop - num_rows + 1)
+    assert torch.equal(torch.cat([codes[:, :, :0], *parts], dim=2), codes)

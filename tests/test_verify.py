@@ -28,7 +28,7 @@ from codec.quantizers.residual import ResidualVQConfig
 from codec.quantizers.scalar import FSQConfig
 from codec.quantizers.simvq import SimVQConfig
 from codec.quantizers.split import SplitVQConfig
-from codec.testing import speech_like, tiny_codec
+from codec.testing import speech_like, tiny_codec, tiny_voiced_codec
 from codec.tokens import Tokens
 from codec.verification import CodeDifference, Verification, Verifier, Way, text
 
@@ -97,6 +97,35 @@ def test_with_every_quantizer(config: QuantizerConfig) -> None:
     assert _names(found, "codes") == [BATCH, PADDED, STREAM, *(SEARCHES if does_search else [])]
     assert (found.smallest_margin is not None) == does_search
     assert ("smallest margin" in text(found)) == does_search
+
+
+def test_global_codes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "available_impls", lambda device: [])  # what they do stands above
+    codec, audio = tiny_voiced_codec(), _audio(5000)
+    found = _verified(codec, audio, thread_counts=(1, 2))
+    assert found.broken_promises == []
+    of_voice = [way for way in found.ways if way.kind == "global codes"]
+    assert [(way.name, way.is_promised) for way in of_voice] == [
+        *((name, True) for name in (BATCH, PADDED, STREAM)),
+        ("2 threads", False),
+    ]
+    assert all((way.num_compared, way.num_different) == (4, 0) for way in of_voice)
+    assert "\nglobal codes " in text(found)
+    assert "\nglobal codes " not in text(_verified(tiny_codec(), audio))
+
+    hear = codec.encode_global
+    for broken, num_rows in ((BATCH, 3), (PADDED, 2)):
+
+        def flawed(audio: Tensor, *more: Any, num_rows: int = num_rows) -> Tensor:
+            codes = hear(audio, *more)
+            if len(codes) == num_rows:
+                codes[1, 2] ^= 1
+            return codes
+
+        monkeypatch.setattr(codec, "encode_global", flawed)
+        (way,) = _verified(codec, audio).broken_promises
+        # The audio is that of the same tokens, whatever the others were.
+        assert (way.kind, way.name, way.num_different) == ("global codes", broken, 1)
 
 
 def test_margins_are_those_of_the_codes() -> None:

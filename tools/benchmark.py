@@ -45,7 +45,7 @@ def speed(codec: StreamableCodec, *, seconds: float, num_threads: int, num_runs:
     tokens = codec.encode(audio[None])
     encode_seconds = _median_seconds(lambda: codec.encode(audio[None]), num_runs)
     decode_seconds = _median_seconds(lambda: codec.decode(tokens), num_runs)
-    encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec)
+    encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec, global_codes=tokens.global_codes)
     encode_ms, decode_ms = [], []
     for frame in audio.split(hop, dim=1):
         started = time.perf_counter()

@@ -1,12 +1,14 @@
 """Turn a training run into a model that `codec.load` loads: `python -m tools.export RUN OUT --name NAME@VERSION`.
 
-RUN is the `output_dir` of `recipes.train`. OUT receives `config.json` and `model.safetensors`. Where the run kept
-moving averages of the weights, these are what is exported; weight norm is folded.
+RUN is the `output_dir` of `recipes.train`. OUT receives `config.json` and `model.safetensors`, and, for a codec that
+hears by a speech model, a folder `features` with that one. Where the run kept moving averages of the weights, these are
+what is exported; weight norm is folded.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from codec.importers.speech_folder import copy_speech_model
 from codec.layers.conv import add_weight_norm, fold_weight_norm
 from codec.pretrained import save
+from codec.token_format import FEATURE_FOLDER
 from recipes.module import wants_weight_norm
 from recipes.settings import one_line, parse
 from recipes.train import build_codec
@@ -40,7 +44,11 @@ def export(run: Path, out: Path, *, name: str, checkpoint: str = "last.ckpt", dt
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {run / 'config.yaml'}: {one_line(error)}") from error
     fold_weight_norm(codec)
-    return save(codec, out, name=name, dtype=dtype)
+    codec_id = save(codec, out, name=name, dtype=dtype)
+    if settings.features is not None:
+        shutil.rmtree(out / FEATURE_FOLDER, ignore_errors=True)
+        copy_speech_model(Path(settings.features), out / FEATURE_FOLDER)
+    return codec_id
 
 
 def main() -> None:

@@ -103,8 +103,6 @@ class ModelCoder:
         encoded = time.perf_counter()
         decoded = codec.decode(tokens)
         done = time.perf_counter()
-        if tokens.global_codes is not None:
-            raise ValueError(f"{self.name} has global codes, which are not counted yet")
         heard = resample(decoded[0].float().mean(0, keepdim=True).numpy(), codec.sample_rate_hz, rate_hz)
         if decoded.shape[2] == batch.shape[2]:  # resampling there and back may have added a sample
             heard = fit_length(heard, len(audio))
@@ -115,7 +113,8 @@ class ModelCoder:
             encode_seconds=encoded - started,
             decode_seconds=done - encoded,
             packed_bits=bits_per_frame * tokens.codes.shape[2]
-            + (0 if tokens.scales is None else 32 * tokens.scales.numel()),
+            + (0 if tokens.scales is None else 32 * tokens.scales.numel())
+            + _global_bits(codec, tokens),
             coded_bytes=coded_bytes,
             file_bytes=file_bytes,
             codes=tokens.codes[0].numpy(),
@@ -159,6 +158,15 @@ def _spread(valid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(valid[len(valid) * (i + 1) // count - 1] for i in range(count))
 
 
+def _global_bits(codec: Codec, tokens: Tokens) -> int:
+    """Bits of the global codes, packed."""
+    from codec.models.voice import voiced
+
+    if tokens.global_codes is None:
+        return 0
+    return tokens.global_codes.numel() * (voiced(codec).global_codebook_size - 1).bit_length()
+
+
 def _container_bytes(codec: Codec, tokens: Tokens, rate_hz: int, num_samples: int) -> tuple[int | None, int | None]:
     """Bytes of the codes as a `.codec` file holds them, and of the whole file; None where no file can hold them."""
     from codec.bitstream import Reader, Writer
@@ -169,7 +177,8 @@ def _container_bytes(codec: Codec, tokens: Tokens, rate_hz: int, num_samples: in
     if tokens.codes.shape[2] != header.num_frames_for(num_samples):
         return None, None  # segments that overlap
     file = io.BytesIO()
-    with Writer(file, header, tables=codec.token_format.tables) as writer:
+    start = codec.token_format.segment_start(None if tokens.global_codes is None else tokens.global_codes.numpy())
+    with Writer(file, header, tables=codec.token_format.tables, start=start) as writer:
         writer.write(tokens.codes.numpy())
         writer.finish(num_samples)
     num_bytes = file.tell()

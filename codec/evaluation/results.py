@@ -161,7 +161,7 @@ class Evaluation:
         for system in data["systems"]:
             system["num_wrong_lengths"] = sum(f["num_samples_in"] != f["num_samples_out"] for f in system["files"])
             del system["files"]
-        cleaned: dict[str, Any] = _without_nan(data)
+        cleaned: dict[str, Any] = without_nan(data)
         return cleaned
 
     def to_json(self) -> str:
@@ -190,11 +190,12 @@ class Evaluation:
         return text.getvalue()
 
 
-def _without_nan(data: Any) -> Any:
+def without_nan(data: Any) -> Any:
+    """For JSON, which knows neither NaN nor infinity: None in their places."""
     if isinstance(data, Mapping):
-        return {key: _without_nan(value) for key, value in data.items()}
+        return {key: without_nan(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
+        return [without_nan(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 

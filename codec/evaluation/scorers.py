@@ -1,8 +1,9 @@
 """Scorers: networks that judge decoded speech, such as recognisers and speaker verifiers. Anybody can add one.
 
 Two are here. `wer` counts what a recogniser gets wrong: pocketsphinx (extra `semantics`), or any CTC model of
-`transformers` in a local folder. `speaker` is for such models, too (extra `ssl`). Weights are read from safetensors
-only, so nothing is unpickled, and nothing is downloaded.
+`transformers` in a local folder (extra `ssl`). `speaker` compares voices: by the encoder of Resemblyzer
+(`codec.evaluation.speakers`), or by any x-vector model in such a folder. Nothing but tensors is unpickled, and nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from codec.audio import resample
 from codec.evaluation.coders import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @runtime_checkable
@@ -51,6 +49,18 @@ class Recogniser(Protocol):
 
     def transcribe(self, audio: np.ndarray, rate_hz: int) -> str:
         """What it hears in a signal float32 [T]; "" where that is nothing."""
+        ...
+
+
+@runtime_checkable
+class SpeakerEmbedder(Protocol):
+    """Tells voices apart. Made once per process, from a string or nothing."""
+
+    name: str
+    version: str
+
+    def embed(self, audio: np.ndarray, rate_hz: int) -> np.ndarray:
+        """A signal float32 [T] -> float32 [D] of length 1: the more alike two voices are, the larger their product."""
         ...
 
 
@@ -99,51 +109,70 @@ class WordErrorScorer:
         return self._recogniser.transcribe(audio, rate_hz)
 
 
-class SpeakerScorer:
-    """Cosine similarity between the x-vectors of the original and of the decoded speech; 1 is the same voice."""
+class XVectorEmbedder:
+    """An x-vector model of `transformers` from a local folder."""
 
-    name = "speaker"
+    name = "x-vector"
 
     def __init__(self, folder: str) -> None:
         self._features, self._model, self.version = _load("AutoFeatureExtractor", "AutoModelForAudioXVector", folder)
         self._rate_hz = int(self._features.sampling_rate)
+
+    def embed(self, audio: np.ndarray, rate_hz: int) -> np.ndarray:
+        """See `SpeakerEmbedder`."""
+        embedding = _infer(self._model, self._features, audio, rate_hz, self._rate_hz).embeddings[0]
+        unit: np.ndarray = (embedding / embedding.norm().clamp_min(1e-12)).numpy()
+        return unit
+
+
+class SpeakerScorer:
+    """Cosine similarity between the voices of the original and of the decoded speech; 1 is the same voice."""
+
+    name = "speaker"
+
+    def __init__(self, embedder: str | SpeakerEmbedder) -> None:
+        """`resemblyzer`, the folder of an x-vector model, `module:Class[=ARGUMENT]`, or an embedder."""
+        self._embedder = load_embedder(embedder) if isinstance(embedder, str) else embedder
+        self.version = self._embedder.version
         # The original is the same for all codecs.
         self._original = functools.lru_cache(maxsize=2)(self._embedding_of_bytes)
 
     def score(self, reference: np.ndarray, decoded: np.ndarray, rate_hz: int, text: str) -> dict[str, float]:
         """`speaker_similarity`, -1 to 1."""
-        first = self._original(reference.astype(np.float32).tobytes(), rate_hz)
-        second = self._embedding(decoded, rate_hz)
-        return {"speaker_similarity": float(first @ second / max(float(first.norm() * second.norm()), 1e-12))}
+        original = self._original(reference.astype(np.float32).tobytes(), rate_hz)
+        return {"speaker_similarity": float(original @ self.embed(decoded, rate_hz))}
 
-    def _embedding_of_bytes(self, samples: bytes, rate_hz: int) -> Tensor:
-        return self._embedding(np.frombuffer(samples, np.float32), rate_hz)
+    def embed(self, audio: np.ndarray, rate_hz: int) -> np.ndarray:
+        """The voice of a recording."""
+        return self._embedder.embed(audio, rate_hz)
 
-    def _embedding(self, audio: np.ndarray, rate_hz: int) -> Tensor:
-        embedding: Tensor = _infer(self._model, self._features, audio, rate_hz, self._rate_hz).embeddings[0]
-        return embedding
+    def _embedding_of_bytes(self, samples: bytes, rate_hz: int) -> np.ndarray:
+        return self.embed(np.frombuffer(samples, np.float32), rate_hz)
 
 
 _BUILT_IN: dict[str, Callable[[str], Scorer]] = {"wer": WordErrorScorer, "speaker": SpeakerScorer}
-_SPHINX = "pocketsphinx"
+_SPHINX, _RESEMBLYZER = "pocketsphinx", "resemblyzer"
 
 
 @functools.cache
 def load_scorer(spec: str) -> Scorer:
-    """`wer=RECOGNISER`, `speaker=FOLDER`, or a class of one's own, `module:Class` or `module:Class=ARGUMENT`.
+    """`wer=RECOGNISER`, `speaker=EMBEDDER`, or a class of one's own, `module:Class` or `module:Class=ARGUMENT`.
 
-    A RECOGNISER is what `load_recogniser` takes; `pocketsphinx` alone is `wer=pocketsphinx`. UsageError where there is
-    no such thing, ValueError where it cannot be made.
+    A RECOGNISER is what `load_recogniser` takes, an EMBEDDER what `load_embedder` takes; `pocketsphinx` alone is
+    `wer=pocketsphinx`, and `resemblyzer` alone `speaker=resemblyzer`. UsageError where there is no such thing,
+    ValueError where it cannot be made.
     """
     where, _, argument = spec.partition("=")
     if spec == _SPHINX:
         return WordErrorScorer(_SPHINX)
+    if spec == _RESEMBLYZER:
+        return SpeakerScorer(_RESEMBLYZER)
     if where in _BUILT_IN:
         if not argument:
             raise UsageError(f"scorer {where!r} needs the folder of a model: {where}=FOLDER")
         return _BUILT_IN[where](argument)
     if ":" not in where:
-        known = ", ".join((*(f"{built_in}=FOLDER" for built_in in _BUILT_IN), _SPHINX))
+        known = ", ".join((*(f"{built_in}=FOLDER" for built_in in _BUILT_IN), _SPHINX, _RESEMBLYZER))
         raise UsageError(f"scorer {spec!r} is neither one of {known} nor module:Class")
     scorer = _made(spec, "scorer")
     if not isinstance(scorer, Scorer):
@@ -166,6 +195,23 @@ def load_recogniser(spec: str) -> Recogniser:
     if not isinstance(recogniser, Recogniser):
         raise UsageError(f"recogniser {spec!r} lacks one of name, version and transcribe")
     return recogniser
+
+
+def load_embedder(spec: str) -> SpeakerEmbedder:
+    """`resemblyzer`, the folder of an x-vector model, or a class of one's own, `module:Class[=ARGUMENT]`.
+
+    UsageError where there is no such class, or a package is missing; ValueError where the embedder cannot be made.
+    """
+    if spec == _RESEMBLYZER:
+        from codec.evaluation.speakers import ResemblyzerEmbedder
+
+        return ResemblyzerEmbedder()
+    if os.path.exists(spec) or ":" not in spec:
+        return XVectorEmbedder(spec)
+    embedder = _made(spec, "embedder")
+    if not isinstance(embedder, SpeakerEmbedder):
+        raise UsageError(f"embedder {spec!r} lacks one of name, version and embed")
+    return embedder
 
 
 def _made(spec: str, what: str) -> Any:

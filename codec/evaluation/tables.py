@@ -19,7 +19,7 @@ _SCORES = {
         ),
         Metric(
             *("speaker_similarity", "speaker similarity", "", "higher"),
-            "Cosine similarity of the x-vectors of original and decoded speech.",
+            "Cosine similarity of what the model named below makes of the voices in original and decoded speech.",
         ),
     )
 }

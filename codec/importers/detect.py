@@ -12,13 +12,14 @@ from safetensors import safe_open
 from codec.importers.checkpoint import read_checkpoint, read_json
 from codec.models.interface import Codec
 
-KINDS = ("encodec", "dac", "hificodec", "speechtokenizer")
+KINDS = ("encodec", "dac", "hificodec", "speechtokenizer", "bicodec")
 # Names of tensors that tell a kind; SpeechTokenizer has what EnCodec has, and more, so it is looked for first.
 _TELLING_NAMES = {
     "speechtokenizer": r"(generator\.)?encoder\.model\.\d+\.lstm\.weight_ih_l0_reverse$",
     "encodec": r"quantizer\.(vq\.)?layers\.\d+\.(_codebook|codebook)\.embed$",
     "dac": r"quantizer\.quantizers\.\d+\.codebook\.weight$",
     "hificodec": r"quantizer\.quantizer_modules\.\d+\.embedding\.weight$",
+    "bicodec": r"speaker_encoder\.perceiver_sampler\.latents$",
 }
 
 
@@ -32,8 +33,9 @@ def load_checkpoint(
     """A checkpoint of another project as a codec, ready for use: float32, in evaluation mode, without gradients.
 
     `source` is a file or a folder, as the importer of its `kind` takes it (one of `KINDS`); by default the kind is told
-    by the folder's config.json or by the names of tensors. `sample_rate_hz` decides where nothing else does (HiFi-Codec
-    for 16 and 24 kHz); elsewhere it must be the model's. Only safetensors are read, unless `allow_pickle`.
+    by the folder's config.json or config.yaml, or by the names of tensors. `sample_rate_hz` decides where nothing else
+    does (HiFi-Codec for 16 and 24 kHz); elsewhere it must be the model's. Only safetensors are read, unless
+    `allow_pickle`.
 
     ValueError for a source that is no checkpoint of these kinds, and whatever the importer finds wrong with it.
     """
@@ -56,6 +58,10 @@ def load_checkpoint(
         from codec.importers.speechtokenizer import load_speechtokenizer
 
         codec = load_speechtokenizer(source, allow_pickle=allow_pickle)
+    elif kind == "bicodec":
+        from codec.importers.bicodec import load_bicodec
+
+        codec = load_bicodec(source, allow_pickle=allow_pickle)
     else:
         raise ValueError(f"kind={kind!r} is not one of {KINDS}")
     if sample_rate_hz not in (None, codec.sample_rate_hz):
@@ -74,6 +80,8 @@ def detect_kind(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
 
 def _kind_of_folder(folder: Path) -> str | None:
     path = folder / "config.json"
+    if not path.is_file() and any((folder / place / "config.yaml").is_file() for place in ("BiCodec", ".")):
+        return "bicodec"
     data = read_json(path)
     if data.get("model_type") in ("encodec", "dac"):
         return str(data["model_type"])

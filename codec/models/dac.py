@@ -147,7 +147,7 @@ def _encoder_layers(config: DACConfig) -> list[SignalLayer]:
     width = config.encoder_dim
     layers: list[SignalLayer] = [_conv(1, width, 7)]
     for rate in config.encoder_rates:
-        layers.append(Chain([*_residual_units(width), Snake(width), _conv(width, 2 * width, 2 * rate, stride=rate)]))
+        layers.append(Chain([*residual_units(width), Snake(width), _conv(width, 2 * width, 2 * rate, stride=rate)]))
         width *= 2
     return [*layers, Snake(width), _conv(width, config.quantizer.latent_dim, 3)]
 
@@ -156,12 +156,13 @@ def _decoder_layers(config: DACConfig) -> list[SignalLayer]:
     width = config.decoder_dim
     layers: list[SignalLayer] = [_conv(config.quantizer.latent_dim, width, 7)]
     for rate in config.decoder_rates:
-        layers.append(Chain([Snake(width), _Upsampling(width, width // 2, rate), *_residual_units(width // 2)]))
+        layers.append(Chain([Snake(width), _Upsampling(width, width // 2, rate), *residual_units(width // 2)]))
         width //= 2
     return [*layers, Snake(width), _conv(width, 1, 7)]
 
 
-def _residual_units(width: int) -> list[SignalLayer]:
+def residual_units(width: int) -> list[SignalLayer]:
+    """Three units with growing dilation: Snake, convolution, Snake and a convolution of one sample, residual."""
     return [
         ResidualBlock(
             width, [Snake(width), _conv(width, width, 7, dilation=dilation), Snake(width), _conv(width, width, 1)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -72,6 +73,10 @@ class Codec(nn.Module, ABC):
     codec_id: str = ""  # empty until the model is saved and loaded
     name: str = ""  # "speech_16k@1"; likewise
     token_format: TokenFormat | None = None  # what files with its codes say; likewise
+    # Whether it hears by a frozen speech model that is no part of its weights, and the folder of `transformers` where
+    # it looks for that one: `load` sets it to "features" inside the model's folder.
+    hears_by_features: bool = False
+    feature_folder: Path | None = None
     config: Any
     quantizer: Quantizer
     sample_rate_hz: int

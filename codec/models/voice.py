@@ -52,6 +52,10 @@ class VoicedCodec(Codec):
         """How many values a global code has."""
         return self.voice_quantizer.codebook_sizes[0]
 
+    def levelled(self, reference: Tensor) -> Tensor:
+        """Whole references [B, C, T], as loud as `hear_voice` is to hear them; here as they are."""
+        return reference
+
     @abstractmethod
     def hear_voice(self, reference: Tensor) -> Voice:
         """References [B, C, T], all of full length -> their voices; differentiable."""
@@ -93,10 +97,10 @@ class VoicedCodec(Codec):
         Only the first `voice_samples` samples are heard. ValueError as for `encode`.
         """
         reference, num_samples = self._checked_audio(reference, num_samples)
-        codes = [
-            self.voice_quantizer.encode(self.hear_voice(row[None, :, : min(length, self.voice_samples)]).latents)[:, 0]
-            for row, length in zip(reference, num_samples.tolist(), strict=True)
-        ]
+        codes = []
+        for row, length in zip(reference, num_samples.tolist(), strict=True):
+            heard = self.hear_voice(self.levelled(row[None, :, :length])[:, :, : self.voice_samples])
+            codes.append(self.voice_quantizer.encode(heard.latents)[:, 0])
         return torch.cat(codes) if codes else torch.zeros(0, self.num_global_codes, dtype=torch.int64)
 
     def voice_of(self, global_codes: Tensor) -> Tensor:
