@@ -200,11 +200,9 @@ def time_stretch(audio: np.ndarray, rate: float, *, sample_rate_hz: int) -> np.n
     spectra = np.fft.rfft(frames * window)
     share = (steps - before)[:, None]
     magnitudes = (1 - share) * np.abs(spectra[:, before]) + share * np.abs(spectra[:, before + 1])
-    # From frame to frame a bin's phase advances by its own frequency, which deviates from the bin's centre.
-    centre = 2 * np.pi * hop / size * np.arange(size // 2 + 1)
-    deviation = np.angle(spectra[:, before + 1]) - np.angle(spectra[:, before]) - centre
-    advance = centre + deviation - 2 * np.pi * np.round(deviation / (2 * np.pi))
-    phases = np.angle(spectra[:, :1]) + np.cumsum(advance, axis=1) - advance
+    # What a bin's phase gains from one frame to the next; whole turns do not matter, since frames stay as far apart.
+    gain = np.angle(spectra[:, before + 1]) - np.angle(spectra[:, before])
+    phases = np.angle(spectra[:, :1]) + np.cumsum(gain, axis=1) - gain
     pieces = np.fft.irfft(magnitudes * np.exp(1j * phases), size) * window
     result = np.zeros((len(audio), (num_out + 3) * hop))
     weight = np.zeros(result.shape[1])

@@ -117,13 +117,14 @@ def test_the_default_model_is_bundled() -> None:
     assert DEFAULT_MODEL in codec.available()
 
 
-def test_the_bundled_model_streams_to_the_bits_of_the_file(num_threads: int) -> None:
-    model = codec.load()
+@pytest.mark.parametrize("name", codec.available())
+def test_bundled_models_stream_to_the_bits_of_the_file(num_threads: int, name: str) -> None:
+    model = codec.load(name)
     audio = torch.from_numpy(soundfile.read(SPEECH, dtype="float32")[0])[None]
     tokens = model.encode(audio[None])
     heard = model.decode(tokens)
     generator = torch.Generator().manual_seed(num_threads)
-    encoder, decoder = StreamingEncoder(model), StreamingDecoder(model)
+    encoder, decoder = StreamingEncoder(model), StreamingDecoder(model, global_codes=tokens.global_codes)
     codes, pieces, at = [], [], 0
     while at < audio.shape[1]:
         size = int(torch.randint(0, 3000, (1,), generator=generator))

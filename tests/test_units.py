@@ -126,9 +126,9 @@ def test_no_cluster_is_left_empty_and_nothing_is_drawn_twice() -> None:
 
 
 def test_a_cluster_that_loses_all_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
-    monkeypatch.setattr("codec.units.clustering._first_centroids", lambda *_: torch.tensor([[5.0], [500.0]]))
-    assert kmeans(points, 2).flatten().sort().values.tolist() == [0.5, 9.5]
+    points = torch.tensor([[100.0], [101.0], [109.0], [110.0]])
+    monkeypatch.setattr("codec.units.clustering._first_centroids", lambda *_: torch.tensor([[105.0], [500.0]]))
+    assert kmeans(points, 2).flatten().sort().values.tolist() == [100.5, 109.5]
 
 
 def test_centroids_depend_on_the_seed_alone(num_threads: int) -> None:

@@ -67,8 +67,9 @@ class BiCodecConfig:
     codec's. `feature_padding`: with "none" it hears the audio as it is, as published, and gives a frame or two too few;
     then the last latents stand for these, too. With "end" zeros behind the audio make up for them.
 
-    Encoder, prenet and postnet are `hidden_dim` wide inside, `expanded_dim` in their blocks; encoder and prenet have
-    `num_stages` further stacks of two blocks. The voice vector has `voice_dim` dims, and so has what the prenet makes.
+    Encoder, prenet and postnet are `hidden_dim` wide inside, `expanded_dim` in their blocks; beside their main stack of
+    blocks each has `num_stages` further ones of two blocks. The voice vector has `voice_dim` dims, as has what the
+    prenet makes.
 
     Mels for the speaker encoder: `num_mels` bands from `mel_min_hz` on. A reference is its first `voice_samples`
     samples, repeated where it is shorter. `num_global_codes` is how many latents the perceiver has. Its attention has

@@ -105,7 +105,10 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def analyze(self, audio: Tensor) -> Tensor:
-        """Whole signals [B, C, T] -> latents [B, D, ceil(T / hop)], as the quantizer takes them; differentiable."""
+        """Whole signals [B, C, T] -> latents [B, D, F], as the quantizer takes them; differentiable.
+
+        F is ceil(T / hop), and where a decoder looks ahead, the frames more that it needs for the last samples.
+        """
 
     @abstractmethod
     def synthesize(self, latents: Tensor, num_samples: int) -> Tensor:
