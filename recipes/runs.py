@@ -83,10 +83,15 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
             trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
 
 
+def hush_lightning() -> None:
+    """Have Lightning say nothing but warnings that somebody can heed: for programs, not for libraries."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of PyTorch 2.11
+
+
 def run_command(run: Callable[[], None]) -> None:
     """Call what `hydra.main` made: a mistake in the configuration is one line, not a traceback."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's of PyTorch 2.11; nobody here can heed it
+    hush_lightning()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors come through to here
     try:
         run()

@@ -1,6 +1,7 @@
 """Any quantizer in any model: `quantizer=NAME` on the command line of a run, for each file of `configs/quantizer`."""
 
 import csv
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def _streamed_and_whole(model: Codec, audio: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_whole_family_can_be_chosen() -> None:
     known = {name for name, kind in codec_config._config_classes.items() if issubclass(kind, QuantizerConfig)}
     chosen = {OmegaConf.load(CONFIGS / "quantizer" / f"{name}.yaml")["type"] for name in NAMES}
-    assert chosen == known - {"residual_vq_as_published"}
+    # The semantic one belongs to the one model that has an encoder for its first row.
+    assert chosen == known - {"residual_vq_as_published", "semantic_acoustic"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,7 +130,17 @@ def test_stereo_streams_through_convolutions_with_any_quantizer(name: str) -> No
     torch.testing.assert_close(*_streamed_and_whole(model, audio), rtol=0, atol=FLOAT64_TOLERANCE)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def _has_a_semantic_encoder(experiment: str) -> bool:
+    return experiment.startswith("semantic_global")
+
+
+@pytest.mark.parametrize("experiment", filter(_has_a_semantic_encoder, EXPERIMENTS))
+def test_a_model_with_a_semantic_encoder_keeps_its_quantizer(experiment: str) -> None:
+    with pytest.raises(ValueError, match="quantizer must be of type 'semantic_acoustic'"):
+        parse(_composed(experiment, "fsq"))
+
+
+@pytest.mark.parametrize("experiment", itertools.filterfalse(_has_a_semantic_encoder, EXPERIMENTS))
 def test_every_experiment_takes_another_quantizer(experiment: str) -> None:
     """One with other losses and a single valid number of rows, which no list of prefixes fits."""
     own = parse(compose_experiment(experiment, "output_dir=x", "data.train_dir=x", "data.dev_dir=x"))

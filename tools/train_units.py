@@ -26,11 +26,13 @@ from codec.units.speech_units import CONFIG, WEIGHTS
 from recipes.augment import Distortion, DistortionConfig
 from recipes.corpora import open_corpus
 from recipes.crops import Pool
+from recipes.runs import hush_lightning
 from recipes.unit_training import UnitTrainingSettings, train_invariant_units, train_predictive_units
 
 
 def main() -> None:
     """Parse arguments and train; a mistake in them is one line."""
+    hush_lightning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     invariant = kinds.add_parser("invariant", help="units that distortions do not change")
