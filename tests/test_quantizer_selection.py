@@ -132,8 +132,9 @@ def test_stereo_streams_through_convolutions_with_any_quantizer(name: str) -> No
 
 @pytest.mark.parametrize("experiment", SEMANTIC)
 def test_a_model_with_a_semantic_encoder_keeps_its_quantizer(experiment: str) -> None:
-    with pytest.raises(ValueError, match="quantizer must be of type 'semantic_acoustic'"):
-        parse(_composed(experiment, "fsq"))
+    settings = parse(_composed(experiment, "fsq"))
+    with pytest.raises(ValueError, match="model: quantizer must be of type 'semantic_acoustic'"):
+        build_codec(settings)
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in SEMANTIC])
