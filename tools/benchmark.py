@@ -37,8 +37,10 @@ def _median_seconds(call: Callable[[], object], num_runs: int) -> float:
     return statistics.median(seconds)
 
 
-def speed(codec: StreamableCodec, *, seconds: float, num_threads: int, num_runs: int = 5) -> dict[str, Any]:
-    """Offline speed in times real time (medians), and milliseconds for one frame pushed at a time."""
+def speed(
+    codec: StreamableCodec, *, seconds: float, num_threads: int, num_runs: int = 5, pushed_frames: int = 1
+) -> dict[str, Any]:
+    """Offline speed in times real time (medians), and milliseconds for so many frames pushed at a time."""
     torch.set_num_threads(num_threads)
     rate_hz, hop = codec.sample_rate_hz, codec.hop_length
     audio = torch.from_numpy(speech_like(int(seconds * rate_hz), rate_hz=rate_hz))[None]
@@ -47,9 +49,9 @@ def speed(codec: StreamableCodec, *, seconds: float, num_threads: int, num_runs:
     decode_seconds = _median_seconds(lambda: codec.decode(tokens), num_runs)
     encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec, global_codes=tokens.global_codes)
     encode_ms, decode_ms = [], []
-    for frame in audio.split(hop, dim=1):
+    for piece in audio.split(pushed_frames * hop, dim=1):
         started = time.perf_counter()
-        codes = encoder.push(frame)
+        codes = encoder.push(piece)
         middle = time.perf_counter()
         decoder.push(codes)
         encode_ms.append(1000 * (middle - started))
@@ -58,8 +60,10 @@ def speed(codec: StreamableCodec, *, seconds: float, num_threads: int, num_runs:
         "threads": num_threads,
         "encode_times_real_time": seconds / encode_seconds,
         "decode_times_real_time": seconds / decode_seconds,
-        "frame_encode_ms": dataclasses.asdict(_Spread.of(encode_ms)),
-        "frame_decode_ms": dataclasses.asdict(_Spread.of(decode_ms)),
+        "pushed_frames": pushed_frames,
+        "push_encode_ms": dataclasses.asdict(_Spread.of(encode_ms)),
+        "push_decode_ms": dataclasses.asdict(_Spread.of(decode_ms)),
+        "push_decode_times_real_time": 1000 * pushed_frames * hop / rate_hz / _Spread.of(decode_ms).median,
         "frame_samples": hop,
         "encode_delay_samples": hop + codec.encode_delay_samples,
         "decode_delay_samples": codec.decode_delay_samples,
@@ -86,6 +90,7 @@ def main() -> None:
     speed_parser = commands.add_parser("speed", help="offline and frame by frame")
     speed_parser.add_argument("--seconds", type=float, default=60.0, help="length of the signal (default: 60)")
     speed_parser.add_argument("--threads", type=int, default=1)
+    speed_parser.add_argument("--pushed-frames", type=int, default=1, help="that a stream gets at once (default: 1)")
     quantizer_command.add_arguments(
         commands.add_parser(
             "quantizer",
@@ -100,7 +105,10 @@ def main() -> None:
             quantizer_command.run(args)
             return
         model = args.model or DEFAULT_MODEL
-        result = speed(streamable(load(model)), seconds=args.seconds, num_threads=args.threads)
+        if args.pushed_frames < 1:
+            raise ValueError(f"--pushed-frames={args.pushed_frames} must be positive")
+        chosen = streamable(load(model))
+        result = speed(chosen, seconds=args.seconds, num_threads=args.threads, pushed_frames=args.pushed_frames)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if args.json:
