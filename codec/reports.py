@@ -156,6 +156,6 @@ def installation() -> dict[str, Any]:
             f"{model.hop_length + model.encode_delay_samples} samples to encode, {model.decode_delay_samples} to decode"
         )
         if isinstance(model, VoicedCodec):
-            bits = model.num_global_codes * (model.global_codebook_size - 1).bit_length()
+            bits = model.num_global_bits
             facts[f"model {name}"] += f", {model.num_global_codes} global codes ({bits} bits) for the voice"
     return facts

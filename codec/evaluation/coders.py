@@ -164,7 +164,7 @@ def _global_bits(codec: Codec, tokens: Tokens) -> int:
 
     if tokens.global_codes is None:
         return 0
-    return tokens.global_codes.numel() * (voiced(codec).global_codebook_size - 1).bit_length()
+    return len(tokens.global_codes) * voiced(codec).num_global_bits
 
 
 def _container_bytes(codec: Codec, tokens: Tokens, rate_hz: int, num_samples: int) -> tuple[int | None, int | None]:

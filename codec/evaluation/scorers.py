@@ -20,6 +20,7 @@ import numpy as np
 
 from codec.audio import resample
 from codec.evaluation.coders import UsageError
+from codec.evaluation.unit_distance import edit_distance
 
 
 @runtime_checkable
@@ -232,12 +233,9 @@ def words(text: str) -> list[str]:
 
 def edits(said: Sequence[str], heard: Sequence[str]) -> int:
     """The fewest substitutions, deletions and insertions that make one of the other (Levenshtein)."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
+    numbers = {word: number for number, word in enumerate(dict.fromkeys([*said, *heard]))}
+    first, second = (np.array([numbers[word] for word in part], np.int64) for part in (said, heard))
+    return edit_distance(first, second)
 
 
 def _load(inputs: str, task: str, folder: str) -> tuple[Any, Any, str]:

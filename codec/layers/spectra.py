@@ -79,13 +79,19 @@ def mel_filters(sample_rate_hz: int, fft_samples: int, num_mels: int) -> Tensor:
     Slaney's scale: linear up to 1 kHz, logarithmic above. A triangle narrower than a bin becomes that bin.
     """
     edges_hz = from_mel(torch.linspace(0, float(to_mel(sample_rate_hz / 2)), num_mels + 2, dtype=torch.float64))
-    bins_hz = torch.arange(fft_samples // 2 + 1, dtype=torch.float64) * sample_rate_hz / fft_samples
-    low, middle, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
-    triangles = torch.minimum((bins_hz - low) / (middle - low), (high - bins_hz) / (high - middle)).clamp_min(0.0)
-    nearest = (bins_hz - middle).abs().argmin(1)
+    triangles, bins_hz = mel_triangles(edges_hz, sample_rate_hz, fft_samples)
+    nearest = (bins_hz - edges_hz[1:-1, None]).abs().argmin(1)
     is_empty = triangles.sum(1) < 1e-3
     triangles[is_empty, nearest[is_empty]] = 1.0
     return (triangles / triangles.sum(1, keepdim=True)).float()
+
+
+def mel_triangles(edges_hz: Tensor, sample_rate_hz: int, fft_samples: int) -> tuple[Tensor, Tensor]:
+    """Triangles [N, fft_samples // 2 + 1] of height 1 between every three of N + 2 edges, and the bins in Hz."""
+    bins_hz = torch.arange(fft_samples // 2 + 1, dtype=torch.float64) * sample_rate_hz / fft_samples
+    low, middle, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
+    triangles = torch.minimum((bins_hz - low) / (middle - low), (high - bins_hz) / (high - middle)).clamp_min(0.0)
+    return triangles, bins_hz
 
 
 def _smoothing(num_mels: int, num_cepstra: int) -> Tensor:

@@ -27,7 +27,7 @@ sparktts/models/audio_tokenizer.py and sparktts/modules.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import cast
 
@@ -240,21 +240,6 @@ class BiCodec(VoicedCodec, WholeCodec):
             self.attach_features(load_speech_model(str(folder)))
 
     # Whole recordings
-
-    @torch.inference_mode()
-    def encode(
-        self,
-        audio: Tensor,
-        num_samples: Tensor | None = None,
-        *,
-        num_quantizers: int | None = None,
-        global_codes: Tensor | None = None,
-    ) -> Tokens:
-        """As `WholeCodec.encode`; the voice is that of `global_codes` [B, L], else of the recordings themselves."""
-        tokens = super().encode(audio, num_samples, num_quantizers=num_quantizers)
-        if global_codes is None:
-            global_codes = self.encode_global(audio, tokens.num_samples)
-        return replace(tokens, global_codes=self.checked_global_codes(global_codes, len(tokens.codes)))
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Tensor:

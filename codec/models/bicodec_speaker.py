@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec.layers.spectra import from_mel, to_mel
+from codec.layers.spectra import from_mel, mel_triangles, to_mel
 
 _RES2_SCALE = 8
 _DILATIONS = (2, 3, 4)
@@ -50,11 +50,10 @@ class MelMagnitudes(nn.Module):
         self.fft_samples, self.hop_samples = fft_samples, hop_samples
         places = torch.arange(num_mels + 2, dtype=torch.float64) / (num_mels + 1)
         edges_hz = from_mel(to_mel(min_hz) + (to_mel(max_hz) - to_mel(min_hz)) * places)
-        bins_hz = torch.arange(fft_samples // 2 + 1, dtype=torch.float64) * sample_rate_hz / fft_samples
-        low, middle, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
-        triangles = torch.minimum((bins_hz - low) / (middle - low), (high - bins_hz) / (high - middle)).clamp_min(0.0)
+        triangles, _ = mel_triangles(edges_hz, sample_rate_hz, fft_samples)
         # As high as they are narrow, so that all have the same area.
-        self.register_buffer("filters", (triangles * 2.0 / (high - low)).T.float(), persistent=False)
+        filters = triangles * 2.0 / (edges_hz[2:, None] - edges_hz[:-2, None])
+        self.register_buffer("filters", filters.T.float(), persistent=False)
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ can, and the cost of the fast stages is small because they are narrow.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
@@ -71,13 +72,13 @@ class MultirateConfig:
             raise ValueError("decode_delay_frames must not be negative")
 
 
-@register("multirate", MultirateConfig)
-class MultirateCodec(StreamableCodec):
-    """A streamable mono codec; see `AudioCodec` and `StreamableCodec` for the meaning of its methods and attributes."""
+class MultirateFamily(StreamableCodec):
+    """What the codecs of this family share: mono, steps of whole frames, and no code that waits for later audio."""
 
     num_channels = 1
     is_bit_exact = True
     encode_delay_samples = 0
+    config: MultirateConfig
 
     def __init__(self, config: MultirateConfig) -> None:
         super().__init__()
@@ -85,18 +86,11 @@ class MultirateCodec(StreamableCodec):
         self.sample_rate_hz = config.sample_rate_hz
         self.hop_length = config.patch_samples * prod(config.strides)
         self.decode_delay_samples = config.decode_delay_frames * self.hop_length
-        self.encoder = Sequential(encoder_layers(config, config.quantizer.latent_dim))
-        self.quantizer: Quantizer = build(config.quantizer)
-        self.quantizer.check_framewise()
-        self.decoder = Sequential(decoder_layers(config, config.quantizer.latent_dim))
-        self.decode_frames_before = max(0, decoder_past_frames(config) - config.decode_delay_frames)
         self.decode_frames_after = config.decode_delay_frames
-        self.codebook_sizes = self.quantizer.codebook_sizes
-        self.valid_num_quantizers = self.quantizer.valid_num_quantizers
 
-    @torch.inference_mode()
-    def encode_init(self, batch_size: int) -> State:
-        return self.encoder.init_state(batch_size)
+    @abstractmethod
+    def encode_latents(self, audio: Tensor, state: State) -> tuple[Tensor, State]:
+        """Audio [B, F * hop] -> latents [B, D, F] of unit scale, before quantization."""
 
     @torch.inference_mode()
     def encode_step(self, audio: Tensor, state: State, *, num_quantizers: int | None = None) -> tuple[Tensor, State]:
@@ -112,6 +106,48 @@ class MultirateCodec(StreamableCodec):
         return torch.zeros(batch_size, num_rows, 0, dtype=torch.int64, device=self.quantizer.device)
 
     @torch.inference_mode()
+    def decode_flush(self, state: State) -> Tensor:
+        batch_size, num_rows = next(leaves(state)).shape[0], self.valid_num_quantizers[0]
+        absent = torch.full((batch_size, num_rows, self.config.decode_delay_frames), -1, device=self.quantizer.device)
+        return self.decode_step(absent, state)[0]
+
+    def _checked_codes(self, codes: Tensor) -> Tensor:
+        """ValueError where these cannot be codes at all."""
+        if codes.dim() != 3 or codes.dtype != torch.int64:
+            raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
+        return codes
+
+    def _whole_frames(self, audio: Tensor) -> Tensor:
+        """Audio [B, 1, T] as [B, F * hop], with the frames that the decoder's delay reaches into."""
+        num_frames = self.num_frames_for(audio.shape[2]) + self.config.decode_delay_frames
+        return F.pad(audio[:, 0], (0, num_frames * self.hop_length - audio.shape[2]))
+
+    def _patches(self, audio: Tensor) -> Tensor:
+        """Audio [B, F * hop] -> [B, N, patch]."""
+        size = self.config.patch_samples
+        patches: Tensor = audio.unflatten(1, (audio.shape[1] // size, size))
+        return patches
+
+
+@register("multirate", MultirateConfig)
+class MultirateCodec(MultirateFamily):
+    """A streamable mono codec; see `AudioCodec` and `StreamableCodec` for the meaning of its methods and attributes."""
+
+    def __init__(self, config: MultirateConfig) -> None:
+        super().__init__(config)
+        self.encoder = Sequential(encoder_layers(config, config.quantizer.latent_dim))
+        self.quantizer: Quantizer = build(config.quantizer)
+        self.quantizer.check_framewise()
+        self.decoder = Sequential(decoder_layers(config, config.quantizer.latent_dim))
+        self.decode_frames_before = max(0, decoder_past_frames(config) - config.decode_delay_frames)
+        self.codebook_sizes = self.quantizer.codebook_sizes
+        self.valid_num_quantizers = self.quantizer.valid_num_quantizers
+
+    @torch.inference_mode()
+    def encode_init(self, batch_size: int) -> State:
+        return self.encoder.init_state(batch_size)
+
+    @torch.inference_mode()
     def decode_init(self, batch_size: int, global_codes: Tensor | None = None) -> State:
         if global_codes is not None:
             raise ValueError("this codec has no global codes")
@@ -119,33 +155,21 @@ class MultirateCodec(StreamableCodec):
 
     @torch.inference_mode()
     def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
-        if codes.dim() != 3 or codes.dtype != torch.int64:
-            raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
-        audio, state = self.decode_latents(self.quantizer.decode(codes), state)
+        audio, state = self.decode_latents(self.quantizer.decode(self._checked_codes(codes)), state)
         return audio[:, None], state
-
-    @torch.inference_mode()
-    def decode_flush(self, state: State) -> Tensor:
-        batch_size, num_rows = next(leaves(state)).shape[0], self.valid_num_quantizers[0]
-        absent = torch.full((batch_size, num_rows, self.config.decode_delay_frames), -1, device=self.quantizer.device)
-        return self.decode_step(absent, state)[0]
 
     # Networks, shared by training and inference: [B, F * hop] <-> latents [B, D, F].
 
     def analyze(self, audio: Tensor) -> Tensor:
         """Besides the frames of the audio, those that the decoder's delay reaches into: latents [B, D, F + delay]."""
-        num_frames = self.num_frames_for(audio.shape[2]) + self.config.decode_delay_frames
-        padded = F.pad(audio[:, 0], (0, num_frames * self.hop_length - audio.shape[2]))
-        return self.encode_latents(padded, self.encoder.init_state(len(audio)))[0]
+        return self.encode_latents(self._whole_frames(audio), self.encoder.init_state(len(audio)))[0]
 
     def synthesize(self, latents: Tensor, num_samples: int) -> Tensor:
         audio = self.decode_latents(latents, self.decoder.init_state(len(latents)))[0]
         return audio[:, None, self.decode_delay_samples :][:, :, :num_samples]
 
     def encode_latents(self, audio: Tensor, state: State) -> tuple[Tensor, State]:
-        """Audio [B, F * hop] -> latents [B, D, F] of unit scale, before quantization."""
-        patches = audio.unflatten(1, (audio.shape[1] // self.config.patch_samples, self.config.patch_samples))
-        rows, state = self.encoder.step(patches, state)
+        rows, state = self.encoder.step(self._patches(audio), state)
         # A fixed scale: without it the commitment loss shrinks the latents towards zero.
         return F.layer_norm(rows.float(), rows.shape[-1:]).transpose(1, 2), state
 

@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -35,18 +34,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec.config import build, register
-from codec.layers.causal import CausalLayer, ConvNeXtBlock, Downsample, Linear, Sequential, State, Upsample, leaves
+from codec.layers.causal import CausalLayer, ConvNeXtBlock, Downsample, Linear, Sequential, State, Upsample
 from codec.layers.pitch import track_pitch
 from codec.layers.source import HIGHEST_HZ, LOWEST_HZ, HarmonicNoise
 from codec.layers.spectra import LogMel
-from codec.models.interface import UNLIMITED, StreamableCodec
-from codec.models.multirate import MultirateConfig, decoder_layers, encoder_layers
+from codec.models.interface import UNLIMITED
+from codec.models.multirate import MultirateConfig, MultirateFamily, decoder_layers, encoder_layers
 from codec.models.speaker import SpeakerEncoder
 from codec.models.voice import Voice, VoicedCodec
 from codec.quantizers.interface import QuantizerConfig
 from codec.quantizers.scalar import FSQ, FSQConfig
 from codec.quantizers.semantic import SemanticAcousticConfig, SemanticAcousticQuantizer
-from codec.tokens import Tokens
 
 _FIRST_LOG_GAIN, _MOST_LOG_GAIN = -3.0, 3.0
 _LEAST_REFINEMENT = 1e-3  # of latents of unit scale; below it is what rounding leaves of nothing
@@ -94,29 +92,23 @@ class SemanticGlobalConfig(MultirateConfig):
             raise ValueError(f"speaker_channels must be 8 or more, got {self.speaker_channels}")
         if not self.strides:
             raise ValueError("strides must name at least one: pulses are shaped at the second fastest rate")
-        if self.patch_samples * prod(self.strides) % _MELS_PER_FRAME:
+        if self.patch_samples * math.prod(self.strides) % _MELS_PER_FRAME:
             raise ValueError(f"a frame must be a multiple of {_MELS_PER_FRAME} samples")
 
 
 @register("semantic_global", SemanticGlobalConfig)
-class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
+class SemanticGlobalCodec(VoicedCodec, MultirateFamily):
     """A streamable mono codec with global codes; see `VoicedCodec` and `StreamableCodec`."""
 
-    num_channels = 1
-    is_bit_exact = True
+    config: SemanticGlobalConfig
     is_disguisable = True
     own_losses = ("pitch",)
-    encode_delay_samples = 0
     quantizer: SemanticAcousticQuantizer
     voice_quantizer: FSQ
 
     def __init__(self, config: SemanticGlobalConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         assert isinstance(config.quantizer, SemanticAcousticConfig)
-        self.config = config
-        self.sample_rate_hz = config.sample_rate_hz
-        self.hop_length = config.patch_samples * prod(config.strides)
-        self.decode_delay_samples = config.decode_delay_frames * self.hop_length
         acoustic_dim = config.quantizer.acoustic.latent_dim
         self.semantic_encoder = _SemanticEncoder(config, self.hop_length, config.quantizer.semantic.latent_dim)
         self.encoder = Sequential(encoder_layers(config, acoustic_dim))
@@ -134,7 +126,6 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         self.num_global_codes = config.num_global_codes
         self.voice_samples = config.voice_samples
         self.decode_frames_before = UNLIMITED
-        self.decode_frames_after = config.decode_delay_frames
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
 
@@ -145,56 +136,19 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
         return self._encode_state(batch_size)
 
     @torch.inference_mode()
-    def encode_step(self, audio: Tensor, state: State, *, num_quantizers: int | None = None) -> tuple[Tensor, State]:
-        if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] % self.hop_length:
-            raise ValueError(f"audio must be [B, 1, n * {self.hop_length}], got {tuple(audio.shape)}")
-        latents, state = self._encode_latents(audio[:, 0], state)
-        return self.quantizer.encode(latents, num_quantizers=num_quantizers), state
-
-    @torch.inference_mode()
-    def encode_flush(self, state: State, *, num_quantizers: int | None = None) -> Tensor:
-        batch_size = next(leaves(state)).shape[0]
-        num_rows = self.quantizer.check_num_quantizers(num_quantizers)
-        return torch.zeros(batch_size, num_rows, 0, dtype=torch.int64, device=self.quantizer.device)
-
-    @torch.inference_mode()
     def decode_init(self, batch_size: int, global_codes: Tensor | None = None) -> State:
         return self.decoder.voiced_state(self.voice_of(self.checked_global_codes(global_codes, batch_size)))
 
     @torch.inference_mode()
     def decode_step(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
-        if codes.dim() != 3 or codes.dtype != torch.int64:
-            raise ValueError(f"codes must be int64 [B, K, n], got {codes.dtype} {tuple(codes.shape)}")
-        audio, _, state = self.decoder.step(*self._told(self.quantizer.decode(codes)), state)
+        audio, _, state = self.decoder.step(*self._told(self.quantizer.decode(self._checked_codes(codes))), state)
         return audio[:, None], state
-
-    @torch.inference_mode()
-    def decode_flush(self, state: State) -> Tensor:
-        batch_size = next(leaves(state)).shape[0]
-        absent = torch.full((batch_size, 1, self.config.decode_delay_frames), -1, device=self.quantizer.device)
-        return self.decode_step(absent, state)[0]
-
-    @torch.inference_mode()
-    def encode(
-        self,
-        audio: Tensor,
-        num_samples: Tensor | None = None,
-        *,
-        num_quantizers: int | None = None,
-        global_codes: Tensor | None = None,
-    ) -> Tokens:
-        tokens = super().encode(audio, num_samples, num_quantizers=num_quantizers)
-        if global_codes is None:
-            global_codes = self.encode_global(audio, tokens.num_samples)
-        return replace(tokens, global_codes=self.checked_global_codes(global_codes, len(tokens.codes)))
 
     # Networks, shared by training and inference
 
     def analyze(self, audio: Tensor, disguise: Tensor | None = None) -> Tensor:
         """As `MultirateCodec.analyze`, latents [B, D, F + delay]; `disguise` [B] as `LogMel` has its `stretch`."""
-        num_frames = self.num_frames_for(audio.shape[2]) + self.config.decode_delay_frames
-        padded = F.pad(audio[:, 0], (0, num_frames * self.hop_length - audio.shape[2]))
-        return self._encode_latents(padded, self._encode_state(len(audio)), disguise)[0]
+        return self.encode_latents(self._whole_frames(audio), self._encode_state(len(audio)), disguise)[0]
 
     def synthesize(self, latents: Tensor, num_samples: int, voice: Tensor | None = None) -> Tensor:
         return self._synthesize(latents, num_samples, voice, None)[0]
@@ -243,12 +197,11 @@ class SemanticGlobalCodec(VoicedCodec, StreamableCodec):
     def _encode_state(self, batch_size: int) -> State:
         return self.semantic_encoder.init_state(batch_size), self.encoder.init_state(batch_size)
 
-    def _encode_latents(self, audio: Tensor, state: State, disguise: Tensor | None = None) -> tuple[Tensor, State]:
+    def encode_latents(self, audio: Tensor, state: State, disguise: Tensor | None = None) -> tuple[Tensor, State]:
         """Audio [B, F * hop] -> latents [B, D, F]; semantic and acoustic ones have unit scale each."""
         semantic_state, acoustic_state = state
         semantic, semantic_state = self.semantic_encoder.step(audio, semantic_state, disguise)
-        patches = audio.unflatten(1, (audio.shape[1] // self.config.patch_samples, self.config.patch_samples))
-        acoustic, acoustic_state = self.encoder.step(patches, acoustic_state)
+        acoustic, acoustic_state = self.encoder.step(self._patches(audio), acoustic_state)
         parts = [F.layer_norm(rows.float(), rows.shape[-1:]) for rows in (semantic, acoustic)]
         return torch.cat(parts, dim=2).transpose(1, 2), (semantic_state, acoustic_state)
 

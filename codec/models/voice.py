@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from codec.models.interface import Codec
 from codec.quantizers.interface import Quantizer
+from codec.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class VoicedCodec(Codec):
         """Whole references [B, C, T], as loud as `hear_voice` is to hear them; here as they are."""
         return reference
 
+    @property
+    def num_global_bits(self) -> int:
+        """Bits of a recording's global codes, packed."""
+        return self.num_global_codes * (self.global_codebook_size - 1).bit_length()
+
     @abstractmethod
     def hear_voice(self, reference: Tensor) -> Voice:
         """References [B, C, T], all of full length -> their voices; differentiable."""
@@ -71,6 +77,22 @@ class VoicedCodec(Codec):
     @abstractmethod
     def synthesize(self, latents: Tensor, num_samples: int, voice: Tensor | None = None) -> Tensor:
         """Latents [B, D, F] and voice vectors [B, V] -> audio [B, C, num_samples]."""
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        audio: Tensor,
+        num_samples: Tensor | None = None,
+        *,
+        num_quantizers: int | None = None,
+        global_codes: Tensor | None = None,
+    ) -> Tokens:
+        """As `Codec.encode`; the voice is that of `global_codes` [B, L], else of the recordings themselves."""
+        # Of the codes themselves the other base class knows, one that streams or one that does not.
+        tokens = super().encode(audio, num_samples, num_quantizers=num_quantizers)  # type: ignore[safe-super]
+        if global_codes is None:
+            global_codes = self.encode_global(audio, tokens.num_samples)
+        return replace(tokens, global_codes=self.checked_global_codes(global_codes, len(tokens.codes)))
 
     def reconstruct(
         self,
