@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from codec.kernels.numba_search import compile_search
     from codec.models.interface import AudioCodec, Codec, StreamableCodec
     from codec.pretrained import load, save
-    from codec.streaming import StreamingDecoder, StreamingEncoder
+    from codec.streaming import PoolFull, StreamClosed, StreamingDecoder, StreamingEncoder, StreamPool
     from codec.token_format import TokenFormat, available, cut, join, open, write
     from codec.token_vocabulary import Vocabulary, VocabularyDecoder
     from codec.tokens import Tokens
@@ -28,7 +28,10 @@ __all__ = [
     "BitstreamError",
     "Codec",
     "Header",
+    "PoolFull",
     "Reader",
+    "StreamClosed",
+    "StreamPool",
     "StreamableCodec",
     "StreamingDecoder",
     "StreamingEncoder",
@@ -57,6 +60,9 @@ _HOMES = {
     "Header": "codec.bitstream",
     "Reader": "codec.bitstream",
     "StreamableCodec": "codec.models.interface",
+    "PoolFull": "codec.streaming",
+    "StreamClosed": "codec.streaming",
+    "StreamPool": "codec.streaming",
     "StreamingDecoder": "codec.streaming",
     "StreamingEncoder": "codec.streaming",
     "TokenFormat": "codec.token_format",

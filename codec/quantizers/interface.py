@@ -112,6 +112,8 @@ class Quantizer(nn.Module, ABC):
     def check_codes(self, codes: Tensor) -> None:
         """ValueError where codes [B, K', F] are no valid prefix, or one is neither -1 nor an entry of its codebook."""
         self.check_num_quantizers(codes.shape[1])
+        if codes.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a CUDA graph cannot look at values; who replays it must have
         sizes_K = torch.tensor(self.codebook_sizes[: codes.shape[1]], device=codes.device)
         if codes.numel() and not ((codes >= -1) & (codes < sizes_K[:, None])).all():
             raise ValueError(f"codes must lie in -1..{int(sizes_K.max()) - 1}, got {codes.min()}..{codes.max()}")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from codec.models.interface import FRAMES_PER_STEP, Codec, streamable
-from codec.models.voice import VoicedCodec, voiced
+from codec.streaming.concealment import Concealer
+from codec.streaming.voice import VoiceListener, one_voice
 
 
 class StreamingEncoder:
@@ -30,11 +31,7 @@ class StreamingEncoder:
         self.num_quantizers = valid[-1] if num_quantizers is None else num_quantizers
         if self.num_quantizers not in valid:
             raise ValueError(f"num_quantizers={num_quantizers} is not one of {valid}")
-        self._given_voice = None if global_codes is None else _one_voice(codec, global_codes)
-        self._voice: Tensor | None = None
-        # Audio that says the voice, kept until somebody asks for that.
-        self._heard: list[Tensor] = []
-        self._num_unheard = 0
+        self._given_voice = None if global_codes is None else one_voice(codec, global_codes)
         self.reset()
 
     @property
@@ -43,10 +40,7 @@ class StreamingEncoder:
 
         None until the first `voice_samples` samples of the recording are here, or its end, and of codecs without.
         """
-        if self._voice is None and self._heard and (self._num_unheard == 0 or self._flushed):
-            self._voice = voiced(self._codec).encode_global(torch.cat(self._heard, dim=1)[None])[0]
-            self._heard = []
-        return self._voice
+        return self._voice.global_codes
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -55,16 +49,12 @@ class StreamingEncoder:
         self._pending: list[Tensor] = []
         self._num_pending = 0
         self._flushed = False
-        self._voice = self._given_voice
-        self._heard, self._num_unheard = [], 0
-        if isinstance(self._codec, VoicedCodec) and self._voice is None:
-            self._num_unheard = self._codec.voice_samples
-            self._heard = [torch.zeros(self._codec.num_channels, 0, device=self._codec.quantizer.device)]
+        self._voice = VoiceListener(self._codec, self._given_voice)
 
     def fork(self) -> StreamingEncoder:
         """An independent encoder in the same place of the stream. Cheap: states are values."""
         other = copy.copy(self)
-        other._pending, other._heard = list(self._pending), list(self._heard)
+        other._pending, other._voice = list(self._pending), self._voice.fork()
         return other
 
     @torch.inference_mode()
@@ -81,9 +71,7 @@ class StreamingEncoder:
         # Pieces are joined only when a frame is complete, so tiny pushes stay cheap; copied, since a caller may
         # reuse its buffer.
         self._pending.append(audio.float().clone())
-        if self._num_unheard:
-            self._heard.append(self._pending[-1][:, : self._num_unheard])
-            self._num_unheard -= self._heard[-1].shape[1]
+        self._voice.hear(self._pending[-1])
         self._num_pending += audio.shape[1]
         hop = self._codec.hop_length
         whole = self._num_pending // hop * hop
@@ -104,6 +92,7 @@ class StreamingEncoder:
             rest = torch.cat(self._pending, dim=1)
             parts.append(self._step(torch.nn.functional.pad(rest, (0, self._codec.hop_length - rest.shape[1]))))
         parts.append(self._codec.encode_flush(self._state, num_quantizers=self.num_quantizers)[0])
+        self._voice.end()
         self._flushed = True
         return torch.cat(parts, dim=1)
 
@@ -135,7 +124,7 @@ class StreamingDecoder:
 
     def __init__(self, codec: Codec, *, global_codes: Tensor | None = None) -> None:
         self._codec = streamable(codec)
-        self._global_codes = None if global_codes is None else _one_voice(codec, global_codes)[None]
+        self._global_codes = None if global_codes is None else one_voice(codec, global_codes)[None]
         self.reset()
 
     @torch.inference_mode()
@@ -143,7 +132,7 @@ class StreamingDecoder:
         """Start a new recording, with the same global codes."""
         self._state = self._codec.decode_init(1, self._global_codes)
         self._num_trimmed = 0
-        self._num_pushed = 0
+        self._concealer = Concealer.of(self._codec)
         self._flushed = False
 
     def fork(self) -> StreamingDecoder:
@@ -157,12 +146,29 @@ class StreamingDecoder:
             raise ValueError("this stream was flushed; reset it to begin another")
         if codes.dim() != 2 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [K, F], got {codes.dtype} {tuple(codes.shape)}")
-        parts = []
-        for piece in codes.split(FRAMES_PER_STEP, dim=1):
-            audio, self._state = self._codec.decode_step(piece[None], self._state)
-            parts.append(audio[0])
-        self._num_pushed += codes.shape[1]
-        return self._trim(torch.cat(parts, dim=1))
+        audio = self._step(codes)
+        self._concealer = self._concealer.heard(codes)
+        return self._shape(audio)
+
+    @torch.inference_mode()
+    def conceal(self, num_frames: int) -> Tensor:
+        """The audio [C, n] in place of frames that were lost, n as if they had been pushed; the stream goes on.
+
+        The last sound fades to silence within 120 ms. What is pushed later comes in smoothly, and is what it would be
+        without the loss as soon as the decoder no longer hears that far back.
+        """
+        if self._flushed:
+            raise ValueError("this stream was flushed; reset it to begin another")
+        if num_frames < 0:
+            raise ValueError(f"num_frames must not be negative, got {num_frames}")
+        parts = [self._shape(self._step(self._concealer.absent[:, :0]))]
+        while num_frames:
+            # In pieces, so that a loss of hours takes no memory for its codes.
+            piece = min(num_frames, FRAMES_PER_STEP)
+            codes, self._concealer = self._concealer.lost(piece)
+            parts.append(self._shape(self._step(codes)))
+            num_frames -= piece
+        return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
     def flush(self) -> Tensor:
@@ -170,16 +176,20 @@ class StreamingDecoder:
         if self._flushed:
             raise ValueError("this stream was flushed already")
         self._flushed = True
-        tail = self._trim(self._codec.decode_flush(self._state)[0])
-        return tail if self._num_pushed else tail[:, :0]
+        tail = self._shape(self._codec.decode_flush(self._state)[0])
+        return tail if self._concealer.num_frames else tail[:, :0]
 
-    def _trim(self, audio: Tensor) -> Tensor:
+    def _step(self, codes: Tensor) -> Tensor:
+        """What the decoder gives, late by its delay."""
+        parts = []
+        for piece in codes.split(FRAMES_PER_STEP, dim=1):
+            audio, self._state = self._codec.decode_step(piece[None], self._state)
+            parts.append(audio[0])
+        return torch.cat(parts, dim=1)
+
+    def _shape(self, audio: Tensor) -> Tensor:
+        """Without the delay, and with the gain that conceals losses."""
         cut = min(self._codec.decode_delay_samples - self._num_trimmed, audio.shape[1])
         self._num_trimmed += cut
-        return audio[:, cut:]
-
-
-def _one_voice(codec: Codec, global_codes: Tensor) -> Tensor:
-    """Global codes [L] or [1, L] as int64 [L]. ValueError where they are none of the codec's."""
-    rows = global_codes[None] if global_codes.dim() == 1 else global_codes
-    return voiced(codec).checked_global_codes(rows, 1)[0]
+        audio, self._concealer = self._concealer.shape(audio[:, cut:])
+        return audio
