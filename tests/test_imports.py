@@ -25,15 +25,16 @@ ALLOWED: dict[str, set[str]] = {
     "speech_input": set(),
     "features": {"speech_input"},
     "bitstream": {"entropy", "files", "header"},
-    "token_format": {"bitstream", "entropy", "files"},
+    "salvage": {"bitstream", "entropy", "header"},
+    "token_format": {"bitstream", "entropy", "files", "salvage"},
     "layers": {"kernels"},
     "quantizers": {"config", "kernels", "layers"},
     "models": {"config", "features", "layers", "quantizers", "token_format", "tokens"},
-    "streaming": {"models", "tokens"},
+    "streaming": {"layers", "models", "tokens"},
     "importers": {"config", "files", "layers", "models", "quantizers", "tokens"},
     "pretrained": {"config", "models", "quantizers", "token_format"},
     "windows": {"models"},
-    "transcode": {"audio", "bitstream", "models", "stretch", "token_format", "windows"},
+    "transcode": {"audio", "bitstream", "models", "streaming", "stretch", "token_format", "windows"},
     "batch": {"files"},
 }
 ATOP = {
@@ -43,12 +44,16 @@ ATOP = {
     "evaluation",
     "jobs",
     "reports",
+    "serving",
     "testing",
     "units",
     "units_cli",
     "verification",
 }  # may import all of the library
-HEAVY = ["torch", "pytorch_lightning", "hydra", "librosa", "transformers", "torchaudio", "triton", "numpy", "soundfile"]
+HEAVY = [
+    *("torch", "pytorch_lightning", "hydra", "librosa", "transformers", "torchaudio", "triton", "numpy", "soundfile"),
+    *("fastapi", "uvicorn", "websockets", "prometheus_client"),
+]
 
 
 def _imports(file: Path) -> set[str]:

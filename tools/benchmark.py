@@ -1,7 +1,8 @@
-"""Time a model that streams, or quantizers: `python -m tools.benchmark speed` or `... quantizer`.
+"""Time a model that streams, or quantizers: `python -m tools.benchmark speed`, `... streams` or `... quantizer`.
 
 `speed`: offline calls and single frames of a model, on a signal that it makes itself. For quality, and for codecs that
-do not stream, there is `codec evaluate`. `quantizer`: our quantizers beside those of others and the machine's limits.
+do not stream, there is `codec evaluate`. `streams`: how many streams are decoded in real time. `quantizer`: our
+quantizers beside those of others and the machine's limits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from codec.pretrained import load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
 from codec.token_format import DEFAULT_MODEL
+from tools import stream_load
 from tools.quantizer_speed import command as quantizer_command
 
 
@@ -99,8 +101,19 @@ def main() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    stream_load.add_arguments(
+        commands.add_parser(
+            "streams",
+            help="how many streams are decoded in real time",
+            description=stream_load.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     args = parser.parse_args()
     try:
+        if args.command == "streams":
+            stream_load.command(args)
+            return
         if args.command == "quantizer":
             quantizer_command.run(args)
             return

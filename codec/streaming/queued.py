@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,10 @@ class QueuedStream(ABC):
     @staticmethod
     @abstractmethod
     def checked(codec: StreamableCodec, piece: Tensor) -> Tensor:
-        """A copy of the piece as `push` takes it; ValueError where it is none of the codec's."""
+        """A copy of the piece as `push` takes it; ValueError where it is none of the codec's.
+
+        By numpy: every operation of torch lets other threads run, and then waits until the one that steps lets go.
+        """
 
     @staticmethod
     @abstractmethod
@@ -166,7 +170,8 @@ class DecoderStream(QueuedStream):
             num_taken = min(there, num_frames)
             if isinstance(first, int):
                 codes, self._concealer = self._concealer.lost(num_taken)
-                codes = _all_rows(self._codec, codes)
+                missing = len(self._codec.codebook_sizes) - codes.shape[0]
+                codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=-1)
             else:
                 codes = first[:, :num_taken]
                 self._concealer = self._concealer.heard(codes)
@@ -191,8 +196,15 @@ class DecoderStream(QueuedStream):
     def checked(codec: StreamableCodec, piece: Tensor) -> Tensor:
         if piece.dim() != 2 or piece.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [K, F], got {piece.dtype} {tuple(piece.shape)}")
-        codec.quantizer.check_codes(piece[None])
-        return _all_rows(codec, piece.to(codec.quantizer.device, copy=True))
+        codes = piece.numpy(force=True)
+        num_rows = codec.quantizer.check_num_quantizers(len(codes))
+        sizes = np.array(codec.codebook_sizes)
+        if ((codes < -1) | (codes >= sizes[:num_rows, None])).any():
+            raise ValueError(f"codes must lie in -1..{sizes[:num_rows].max() - 1}, got {codes.min()}..{codes.max()}")
+        # With rows of absent codes, so that streams of any rates fit in one batch.
+        copied = np.full((len(sizes), codes.shape[1]), -1)
+        copied[:num_rows] = codes
+        return torch.from_numpy(copied).to(codec.quantizer.device)
 
     @staticmethod
     def step_function(codec: StreamableCodec) -> StepFunction:
@@ -281,9 +293,10 @@ class EncoderStream(QueuedStream):
     def checked(codec: StreamableCodec, piece: Tensor) -> Tensor:
         if piece.dim() != 2 or piece.shape[0] != codec.num_channels or not piece.is_floating_point():
             raise ValueError(f"audio must be float [{codec.num_channels}, n], got {piece.dtype} {tuple(piece.shape)}")
-        if not torch.isfinite(piece).all():
+        audio = np.array(piece.float().numpy(force=True))
+        if not np.isfinite(audio).all():
             raise ValueError("audio holds NaN or infinity")
-        return piece.to(codec.quantizer.device, torch.float32, copy=True)
+        return torch.from_numpy(audio).to(codec.quantizer.device)
 
     @staticmethod
     def step_function(codec: StreamableCodec) -> StepFunction:
@@ -298,12 +311,6 @@ class EncoderStream(QueuedStream):
     def steady_state(codec: StreamableCodec) -> State:
         silence = torch.zeros(1, codec.num_channels, _PROBED_FRAMES * codec.hop_length, device=codec.quantizer.device)
         return _steady(lambda state: codec.encode_step(silence, state)[1], codec.encode_init(1))
-
-
-def _all_rows(codec: StreamableCodec, codes: Tensor) -> Tensor:
-    """Codes [K', F] with rows of absent ones, [K, F]: streams of any rates then fit in one batch."""
-    missing = len(codec.codebook_sizes) - codes.shape[0]
-    return torch.nn.functional.pad(codes, (0, 0, 0, missing), value=-1) if missing else codes
 
 
 def _steady(step: Callable[[State], State], state: State) -> State:
