@@ -43,7 +43,6 @@ from codec.serving.protocol import Close, SessionError
 from codec.testing import speech_like
 from codec.tokens import Tokens
 
-_LONGEST_SECONDS = 300.0
 _NUM_RECORDINGS = 40
 # The memory of the server after this share of the traffic is what the end is compared with.
 _SETTLED_SHARE = 0.25
@@ -61,11 +60,11 @@ class Recording:
     spoken_codes: np.ndarray  # int64 [K, F']
 
 
-def recordings_of(codec: StreamableCodec, rng: random.Random) -> list[Recording]:
+def recordings_of(codec: StreamableCodec, rng: random.Random, longest_seconds: float) -> list[Recording]:
     """Of all lengths from one frame on, more short ones than long ones, at all rates."""
     made = []
     for at in range(_NUM_RECORDINGS):
-        seconds = math.exp(rng.uniform(math.log(0.02), math.log(_LONGEST_SECONDS)))
+        seconds = math.exp(rng.uniform(math.log(0.02), math.log(longest_seconds)))
         num_frames = max(1, round(seconds * codec.sample_rate_hz / codec.hop_length))
         num_rows = rng.choice(codec.valid_num_quantizers)
         generator = torch.Generator().manual_seed(at)
@@ -128,16 +127,20 @@ class Traffic:
                 await asyncio.wait_for(manner(), 900)
             except SessionError as error:
                 if error.code != Close.UNAVAILABLE:
-                    self.problems.append(f"{manner.__name__}: {error.code}: {error}")
+                    self._blame(f"{manner.__name__}: {error.code}: {error}")
                 # It has not noticed yet that others have gone.
                 self.num_sessions["refused, for the server was full"] += 1
                 await asyncio.sleep(0.1)
                 continue
             except Exception as error:
-                self.problems.append(f"{manner.__name__}: {type(error).__name__}: {error}")
+                self._blame(f"{manner.__name__}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.1)
             self.num_sessions[manner.__name__] += 1
             await asyncio.sleep(self.random.choice([0, 0, 0.01, 0.2]))
+
+    def _blame(self, problem: str) -> None:
+        self.problems.append(problem)
+        print(problem, file=sys.stderr, flush=True)
 
     # Manners
 
@@ -221,6 +224,8 @@ class Traffic:
             async with DecodeSession(self.url, model="0123456789abcdef"):
                 raise Mismatch("another model was not refused")
         except SessionError as error:
+            if error.code == Close.UNAVAILABLE:
+                raise
             if error.code != Close.WRONG_MODEL:
                 raise Mismatch(f"another model was answered with {error.code}: {error}") from error
 
@@ -383,6 +388,7 @@ def main() -> None:
     parser.add_argument("--narrow", action="store_true", help="instead of a model: an untrained, fast one")
     parser.add_argument("--stream-hours", type=float, default=1.0)
     parser.add_argument("--sessions", type=int, default=48, help="at the same time (default: 48)")
+    parser.add_argument("--longest-s", type=float, default=300.0, help="of a recording (default: 300)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-every-s", type=float, default=30.0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
@@ -390,13 +396,15 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            if args.stream_hours <= 0 or args.sessions < 1 or args.longest_s < 0.02:
+                raise ValueError("--stream-hours, --sessions and --longest-s must be positive, the last at least 0.02")
             if args.narrow:
                 args.model = os.path.join(scratch, "narrow")
                 save_narrow(Path(args.model))
             codec = streamable(load(args.model))
             if not codec.is_bit_exact:
                 raise ValueError(f"{codec.name} does not promise bits, so there is nothing to compare")
-            recordings = recordings_of(codec, random.Random(args.seed))
+            recordings = recordings_of(codec, random.Random(args.seed), args.longest_s)
             log = Path(scratch) / "server.log"
             with server_of(args.model, args.sessions, log) as (process, url):
                 traffic = Traffic(url, codec, recordings, args.seed)
