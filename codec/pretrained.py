@@ -22,6 +22,7 @@ from codec import config as codec_config
 from codec.models import bicodec as _bicodec  # noqa: F401  (registers its configurations)
 from codec.models import dac as _dac  # noqa: F401  (likewise)
 from codec.models import hificodec as _hificodec  # noqa: F401  (likewise)
+from codec.models import mimi as _mimi  # noqa: F401  (likewise)
 from codec.models import multirate as _multirate  # noqa: F401  (likewise)
 from codec.models import seanet as _seanet  # noqa: F401  (likewise)
 from codec.models import semantic_global as _semantic_global  # noqa: F401  (likewise)

@@ -173,14 +173,9 @@ class Students:
         codes = self._quantized.codes
         if number is None:
             return self._quantized.latents.transpose(1, 2), codes[:, 0] >= 0
-        rows = (0, *self._quantizer.valid_num_quantizers)[number : number + 2]
-        with torch.no_grad():
-            entries = self._quantizer.decode(codes[:, : rows[1]])
-            if rows[0]:
-                entries = entries - self._quantizer.decode(codes[:, : rows[0]])
-        entries = entries.transpose(1, 2)
-        latents = self.latents[:, :, dims]
-        return latents + (entries[:, :, dims] - latents).detach(), codes[:, rows[1] - 1] >= 0
+        said = self._quantizer.through_stage(self.latents.transpose(1, 2), codes, number).transpose(1, 2)
+        last_row = self._quantizer.valid_num_quantizers[number] - 1
+        return said[:, :, dims], codes[:, last_row] >= 0
 
 
 def _dims_of(quantizer: Quantizer, stage: int | None) -> slice:

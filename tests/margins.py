@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from codec.kernels.residual_search import SearchTables, rvq_margins
+from codec.quantizers.split import SplitVQ
 
 
 def assert_same_codes(codes: Tensor, expected: Tensor, latents: Tensor, codebooks: Tensor) -> None:
@@ -17,3 +18,11 @@ def assert_same_codes(codes: Tensor, expected: Tensor, latents: Tensor, codebook
     is_clear = is_clear[:, : codes.shape[1]]
     assert is_clear.float().mean() > 0.95
     assert codes[is_clear].tolist() == expected[:, : codes.shape[1]][is_clear].tolist()
+
+
+def assert_same_split_codes(codes: Tensor, expected: Tensor, latents: Tensor, quantizer: SplitVQ) -> None:
+    """As `assert_same_codes`, for each part of a split quantizer."""
+    for part, rows in ((quantizer.semantic, slice(0, 1)), (quantizer.acoustic, slice(1, None))):
+        if codes[:, rows].numel():
+            projected = part.project(latents.to(part.input_proj.weight))
+            assert_same_codes(codes[:, rows], expected[:, rows], projected, part.vq.codebooks)

@@ -11,6 +11,7 @@ import test_import_bicodec as bicodec
 import test_import_dac as dac
 import test_import_encodec as encodec
 import test_import_hificodec as hificodec
+import test_import_mimi as mimi
 import test_import_speechtokenizer as speechtokenizer
 import torch
 from commands import assert_wav, partial_files, refusal, run, snapshot, succeed, write_wav
@@ -52,6 +53,9 @@ def _checkpoint(kind: str, folder: Path) -> Path:
     elif kind == "dac":
         settings = dac._transformers_config(dac.TINY)
         tensors = dac._of_transformers(dac._original(dac._random_codec(dac.TINY), "folded"))
+    elif kind == "mimi":
+        settings = mimi._transformers_config(mimi.TINY)
+        tensors = mimi._of_transformers(mimi._original(mimi._random_codec(mimi.TINY)))
     elif kind == "speechtokenizer":
         settings, tensors = speechtokenizer.TINY, speechtokenizer._tensors(speechtokenizer.TINY)
     else:
@@ -74,6 +78,7 @@ def _checkpoint(kind: str, folder: Path) -> Path:
             "speechtokenizer",
             ["audio 1 channel(s) at 16000 Hz, 6 per frame", "codes 1 to 4 rows", "streams no: it looks"],
         ),
+        ("mimi", ["audio 1 channel(s) at 8000 Hz, 12 per frame", "codes 1 to 4 rows", "streams yes"]),
         ("bicodec", ["audio 1 channel(s) at 16000 Hz, 8 per frame", "codes 1 rows", "encodes once its speech model"]),
     ],
 )
@@ -91,13 +96,15 @@ def test_a_checkpoint_becomes_a_model(folder: Path, kind: str, lines: list[str])
         assert torch.equal(value, expected.state_dict()[key]), key  # float32 is what it was read as
 
 
-def test_an_imported_model_works_with_the_other_commands(folder: Path) -> None:
-    succeed("import", _checkpoint("encodec", folder), "ours", "--name", "tiny@3")
+@pytest.mark.parametrize("kind", ["encodec", "mimi"])
+def test_an_imported_model_works_with_the_other_commands(folder: Path, kind: str) -> None:
+    succeed("import", _checkpoint(kind, folder), "ours", "--name", "tiny@3")
     write_wav("speech.wav", speech_like(1000)[None], 8000)
     succeed("encode", "speech.wav", "speech.codec", "--model", "ours")
     assert "tiny@3" in succeed("info", "speech.codec")
     succeed("decode", "speech.codec", "back.wav", "--model", "ours")
     assert_wav("back.wav", 1, 1000, 8000)
+    assert "tiny@3, 4 rows of codes" in succeed("verify", "speech.wav", "--model", "ours")
 
 
 def test_pickles_need_a_flag(folder: Path) -> None:
@@ -176,7 +183,7 @@ def test_a_failure_leaves_what_was_there(folder: Path, monkeypatch: pytest.Monke
         (["noise.safetensors", "ours"], "noise.safetensors cannot be read"),
         (
             ["other.safetensors", "ours"],
-            "other.safetensors is no checkpoint that is known (encodec, dac, hificodec, speechtokenizer, bicodec)",
+            "is no checkpoint that is known (encodec, dac, hificodec, speechtokenizer, bicodec, mimi)",
         ),
         ([".", "ours"], "config.json cannot be read"),
         (["encodec_source", "ours", "--kind", "mp3"], "kind='mp3' is not one of"),
@@ -221,6 +228,8 @@ def test_folders_are_told_by_their_settings(folder: Path, kind: str) -> None:
         ("dac", "quantizer.quantizers.0.codebook.weight"),
         ("hificodec", "quantizer.quantizer_modules.0.embedding.weight"),
         ("speechtokenizer", "encoder.model.13.lstm.weight_ih_l0_reverse"),
+        ("mimi", "quantizer.rvq_first.input_proj.weight"),
+        ("mimi", "quantizer.semantic_residual_vector_quantizer.input_proj.weight"),
     ],
 )
 def test_files_are_told_by_their_tensors(tmp_path: Path, kind: str, name: str) -> None:

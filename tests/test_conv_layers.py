@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -273,3 +274,26 @@ def test_mirrored_as_torch_mirrors(num_given: int, left: int, right: int) -> Non
     longer = torch.nn.functional.pad(x, (0, missing))
     expected = torch.nn.functional.pad(longer, (left, right), "reflect")[:, :, : left + num_given + right]
     assert torch.equal(_padded(x, left, right, "reflect"), expected)
+
+
+@given(batch_size=st.integers(1, 3), num_outputs=st.integers(1, 6), data=st.data())
+@settings(max_examples=40)
+def test_few_windows_are_what_many_are(batch_size: int, num_outputs: int, data: st.DataObject) -> None:
+    """Few of many channels are products of matrices; torch's own convolutions say what they must be."""
+    stride, dilation = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(num_outputs)
+    conv = Conv(80, 5, 2 * stride, stride=stride, dilation=dilation).double().requires_grad_(False)
+    x = torch.randn(batch_size, 80, num_outputs * stride, dtype=torch.float64, generator=generator)
+    assert conv._is_few(batch_size * num_outputs, x.device)
+    padded = F.pad(x, (conv.num_padded, 0))
+    expected = F.conv1d(padded, conv.weight, conv.bias, stride=stride, dilation=dilation)
+    torch.testing.assert_close(conv(x), expected, rtol=0, atol=TOLERANCE)
+
+    kernel_size = stride + data.draw(st.integers(0, 2 * stride))
+    transposed = ConvTranspose(80, 5, kernel_size, stride=stride).double().requires_grad_(False)
+    x = x[:, :, :num_outputs]
+    y, state = transposed.step(x, transposed.init_state(batch_size))
+    whole = F.conv_transpose1d(x, transposed.weight, stride=stride)
+    assert isinstance(state, torch.Tensor)
+    found = torch.cat([y - transposed.bias[:, None], state], dim=2)
+    torch.testing.assert_close(found, whole, rtol=0, atol=TOLERANCE)

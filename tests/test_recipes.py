@@ -17,6 +17,7 @@ from codec.importers.speechtokenizer import SPEECHTOKENIZER_16KHZ
 from codec.models.bicodec import BiCodecConfig
 from codec.models.dac import DAC_16KHZ, DAC_24KHZ, DAC_44KHZ
 from codec.models.hificodec import HIFICODEC_16K_320D, HIFICODEC_24K_240D, HIFICODEC_24K_320D
+from codec.models.mimi import MimiConfig
 from codec.models.seanet import SOUNDSTREAM_16KHZ
 from codec.testing import speech_like, tiny_codec
 from recipes.data import parse_data
@@ -42,6 +43,7 @@ PUBLISHED = {
     "speechtokenizer_16k": SPEECHTOKENIZER_16KHZ,
     "dm_codec_lm_16k": SPEECHTOKENIZER_16KHZ,
     "dm_codec_lm_sm_16k": SPEECHTOKENIZER_16KHZ,
+    "mimi_24k": MimiConfig(),
 }
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 

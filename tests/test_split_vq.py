@@ -255,3 +255,21 @@ def test_callers_mistakes_are_value_errors() -> None:
         _quantizer(ema_decay=1.0)
     with pytest.raises(ValueError, match="gradient='none' is not one of"):
         _quantizer(gradient="none")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, STAGES])
+def test_what_is_taught_to_a_stage_passes_the_projections_of_its_part(num_rows: int) -> None:
+    quantizer, latents = _quantizer(), _latents(20).requires_grad_()
+    codes = quantizer(latents).codes
+    stages = [quantizer.through_stage(latents, codes, stage) for stage in range(num_rows)]
+    torch.testing.assert_close(torch.stack(stages).sum(0), quantizer.decode(codes[:, :num_rows]), rtol=0, atol=1e-5)
+    wanted = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    part, other = quantizer.semantic, quantizer.acoustic
+    if num_rows > 1:
+        part, other = other, part
+    (stages[-1] * wanted).sum().backward()
+    expected = part.input_proj.weight.mT @ part.output_proj.weight.mT @ wanted
+    assert latents.grad is not None
+    torch.testing.assert_close(latents.grad, expected, rtol=0, atol=1e-5)
+    assert all(projection.weight.grad is not None for projection in (part.input_proj, part.output_proj))
+    assert all(projection.weight.grad is None for projection in (other.input_proj, other.output_proj))

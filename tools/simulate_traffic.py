@@ -394,6 +394,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive this
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if args.stream_hours <= 0 or args.sessions < 1 or args.longest_s < 0.02:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from codec.importers.checkpoint import read_checkpoint, read_json
 from codec.models.interface import Codec
 
-KINDS = ("encodec", "dac", "hificodec", "speechtokenizer", "bicodec")
+KINDS = ("encodec", "dac", "hificodec", "speechtokenizer", "bicodec", "mimi")
 # Names of tensors that tell a kind; SpeechTokenizer has what EnCodec has, and more, so it is looked for first.
 _TELLING_NAMES = {
     "speechtokenizer": r"(generator\.)?encoder\.model\.\d+\.lstm\.weight_ih_l0_reverse$",
@@ -20,6 +20,7 @@ _TELLING_NAMES = {
     "dac": r"quantizer\.quantizers\.\d+\.codebook\.weight$",
     "hificodec": r"quantizer\.quantizer_modules\.\d+\.embedding\.weight$",
     "bicodec": r"speaker_encoder\.perceiver_sampler\.latents$",
+    "mimi": r"quantizer\.(rvq_first|semantic_residual_vector_quantizer)\.input_proj\.weight$",
 }
 
 
@@ -62,6 +63,10 @@ def load_checkpoint(
         from codec.importers.bicodec import load_bicodec
 
         codec = load_bicodec(source, allow_pickle=allow_pickle)
+    elif kind == "mimi":
+        from codec.importers.mimi import load_mimi
+
+        codec = load_mimi(source, allow_pickle=allow_pickle)
     else:
         raise ValueError(f"kind={kind!r} is not one of {KINDS}")
     if sample_rate_hz not in (None, codec.sample_rate_hz):
@@ -83,7 +88,7 @@ def _kind_of_folder(folder: Path) -> str | None:
     if not path.is_file() and any((folder / place / "config.yaml").is_file() for place in ("BiCodec", ".")):
         return "bicodec"
     data = read_json(path)
-    if data.get("model_type") in ("encodec", "dac"):
+    if data.get("model_type") in ("encodec", "dac", "mimi"):
         return str(data["model_type"])
     if {"n_filters", "n_q", "strides"} <= data.keys():
         return "speechtokenizer"
@@ -107,6 +112,6 @@ def _names(path: Path, *, allow_pickle: bool) -> list[str]:
 
 def _kind_of_names(names: Sequence[str]) -> str | None:
     for kind, pattern in _TELLING_NAMES.items():
-        if any(re.search(rf"^(state_dict\.)?{pattern}", name) for name in names):
+        if any(re.search(rf"^(state_dict\.|model\.)?{pattern}", name) for name in names):
             return kind
     return None

@@ -173,11 +173,11 @@ class SEANetCodec(StreamableCodec):
         self.num_channels = config.num_channels
         self.hop_length = config.hop_length
         self.is_streamable = config.causal
-        self.encoder = Chain(_encoder_layers(config))
+        self.encoder = Chain(encoder_layers(config))
         self.quantizer: Quantizer = build(config.quantizer)
         if config.causal:
             self.quantizer.check_framewise()
-        self.decoder = Chain(_decoder_layers(config))
+        self.decoder = Chain(decoder_layers(config))
         self.codebook_sizes = self.quantizer.codebook_sizes
         self.valid_num_quantizers = self.quantizer.valid_num_quantizers
         self.decode_delay_samples = 0
@@ -350,7 +350,8 @@ class SEANetCodec(StreamableCodec):
         return torch.cat([*parts, network.finish(rest, state)], dim=2)
 
 
-def _encoder_layers(config: SEANetConfig) -> list[SignalLayer]:
+def encoder_layers(config: SEANetConfig) -> list[SignalLayer]:
+    """Audio [B, C, T] -> latents [B, D, ceil(T / hop_length)]."""
     width = config.num_filters
     layers: list[SignalLayer] = [_conv(config, config.num_channels, width, config.kernel_size)]
     for ratio in reversed(config.ratios):
@@ -365,7 +366,8 @@ def _encoder_layers(config: SEANetConfig) -> list[SignalLayer]:
     return [*layers, _activation(config, width), last]
 
 
-def _decoder_layers(config: SEANetConfig) -> list[SignalLayer]:
+def decoder_layers(config: SEANetConfig) -> list[SignalLayer]:
+    """Latents [B, D, F] -> audio [B, C, F * hop_length]."""
     width = config.num_filters * 2 ** len(config.ratios)
     layers: list[SignalLayer] = [_conv(config, config.quantizer.latent_dim, width, config.kernel_size)]
     if config.num_lstm_layers:

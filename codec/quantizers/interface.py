@@ -68,6 +68,18 @@ class Quantizer(nn.Module, ABC):
         """Which dims of the latents a stage is about; here all of them."""
         return slice(None)
 
+    def through_stage(self, latents: Tensor, codes: Tensor, stage: int) -> Tensor:
+        """What one stage adds for `codes` [B, K, F] of these latents [B, D, F]: [B, D, F].
+
+        The gradient goes straight to the latents, where the stage has no projections of its own to pass.
+        """
+        rows = (0, *self.valid_num_quantizers)[stage : stage + 2]
+        with torch.no_grad():
+            entries = self.decode(codes[:, : rows[1]])
+            if rows[0]:
+                entries = entries - self.decode(codes[:, : rows[0]])
+        return latents + (entries - latents).detach()
+
     @property
     def is_framewise(self) -> bool:
         """Whether the codes of a frame depend on its own latents alone; if not, no stream gives those of the file."""

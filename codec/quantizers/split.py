@@ -137,6 +137,14 @@ class SplitVQ(Quantizer):
             inputs=torch.cat([semantic.inputs, acoustic.inputs], dim=1),
         )
 
+    def through_stage(self, latents: Tensor, codes: Tensor, stage: int) -> Tensor:
+        """As every quantizer's; the gradient passes the projections, so a teacher of row 0 shapes its whole part."""
+        if stage == 0:
+            part, rows, of_part = self.semantic, codes[:, :1], 0
+        else:
+            part, rows, of_part = self.acoustic, codes[:, 1:], stage - 1
+        return part.project_back(part.vq.through_stage(part.project(latents), rows, of_part))
+
     def update(self, *quantized: Quantized) -> None:
         """Let the codebooks of both parts learn, as `ResidualVQ` does."""
         dim = self.config.codebook_dim
