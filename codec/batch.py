@@ -38,7 +38,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job. `error` says why there is no result, `warning` what is wrong with it."""
+    """What came of a job. `error` says why there is no result, `warning` what is wrong with it.
+
+    `notice` is about what was asked for, and no failure.
+    """
 
     source: str
     target: str
@@ -49,6 +52,7 @@ class Outcome:
     num_bytes: int = 0
     error: str | None = None
     warning: str | None = None
+    notice: str | None = None
 
     @property
     def seconds(self) -> float:

@@ -34,6 +34,7 @@ from codec.jobs import (
     open_target,
     truncated,
 )
+from codec.serving.command import serve
 from codec.stretch import Stretch
 from codec.units_cli import app as units_app
 
@@ -47,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(units_app)
+app.command()(serve)
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="A bundled model or a folder with one. Default: speech_16k.")
@@ -149,6 +151,9 @@ def decode(
         ),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write headerless 16-bit PCM.")] = False,
+    conceal: Annotated[
+        bool, typer.Option("--conceal", help="Bridge damaged blocks by sound that fades, instead of refusing them.")
+    ] = False,
     jobs: Jobs = None,
     resume: Resume = False,
     force: Force = False,
@@ -157,11 +162,12 @@ def decode(
     """Turn .codec files back into audio: as many samples, channels and hertz as went in.
 
     OUT's suffix says the format: .wav, .flac, .ogg, .opus, .mp3; several files become .wav files in the folder OUT. A
-    file that ends too early is decoded up to its last good block, with a warning and exit status 1.
+    file that ends too early is decoded up to its last good block, with a warning and exit status 1. With --conceal, a
+    line of stderr says what was lost, and the exit status is 0; a pipe is read to its end first.
     """
     options = Options(
         model, device, threads, _time(start), _time(duration), force, resume, num_quantizers=num_quantizers,
-        voice=voice, is_raw=raw,
+        voice=voice, is_raw=raw, conceals=conceal,
     )  # fmt: skip
     with one_line_errors():
         _transcode(
@@ -410,7 +416,7 @@ def import_checkpoint(
         str | None,
         typer.Option(
             "--kind",
-            help="encodec, dac, hificodec, speechtokenizer (DM-Codec too) or bicodec. Default: told by what is in it.",
+            help="encodec, dac, hificodec, speechtokenizer (DM-Codec too), bicodec, mimi. Default: by its content.",
         ),
     ] = None,
     name: Annotated[
@@ -580,5 +586,8 @@ def _transcode(work: JobWork, options: Options, jobs: list[Job], num_processes: 
             + f": {seconds:.1f} s of audio, {num_bytes} bytes, {seconds / elapsed:.0f}x real time",
             err=True,
         )
+    for outcome in outcomes:
+        if outcome.notice:
+            typer.echo("codec: " + " ".join(outcome.notice.split()), err=True)
     if failed:
         fail(*(outcome.error or outcome.warning or "" for outcome in failed))

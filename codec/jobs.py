@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # What `codec convert` takes where nothing is named: a bundled model that keeps the voice apart.
 DEFAULT_VOICED_MODEL = "speech_16k_semantic"
 
+_MAX_PLACES = 5  # that one line tells of
+
 
 class UserError(Exception):
     """A mistake of the user's that the command line itself finds."""
@@ -49,6 +51,7 @@ class Options:
     raw_channels: int = 1
     is_raw: bool = False
     frames_per_block: int | None = None
+    conceals: bool = False
 
     def stretch(self, rate_hz: int) -> Stretch | None:
         """The stretch asked for, at this rate; None for all."""
@@ -115,7 +118,13 @@ def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
     check_target(job, options)
     is_cut = options.start_seconds is not None or options.duration_seconds is not None
     with (
-        open_container(job.source, options.model, seekable=is_cut, allow_truncated=True) as reader,
+        open_container(
+            job.source,
+            options.model,
+            seekable=is_cut or options.conceals,
+            allow_truncated=True,
+            allow_damaged=options.conceals,
+        ) as reader,
         named(job.source),
     ):
         header = reader.header
@@ -123,7 +132,8 @@ def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
         _make_folders(job)
         if options.resume and _is_decoded(job, reader, stretch, options):
             warning = truncated(job.source, reader.num_samples / header.rate_hz) if reader.is_truncated else None
-            return _outcome(job, "skipped", 0, header.rate_hz, header.num_channels, warning)
+            notice = _concealed(job.source, reader, stretch)
+            return _outcome(job, "skipped", 0, header.rate_hz, header.num_channels, warning, notice)
         codec = load_model(_bundled_name(header) if options.model is None else options.model, options)
         check_fits(codec, header)
         voice, num_rows = None, options.num_quantizers
@@ -143,7 +153,8 @@ def decode_job(job: Job, advance: Advance, options: Options) -> Outcome:
                 progress=advance,
             )
         warning = truncated(job.source, num_samples / header.rate_hz) if reader.is_truncated else None
-        return _outcome(job, "done", num_samples, header.rate_hz, header.num_channels, warning)
+        notice = _concealed(job.source, reader, stretch)
+        return _outcome(job, "done", num_samples, header.rate_hz, header.num_channels, warning, notice)
 
 
 def convert_job(job: Job, advance: Advance, options: Options) -> Outcome:
@@ -204,10 +215,38 @@ def find_voice(source: str, codec: Codec) -> np.ndarray:
 
 
 def _outcome(
-    job: Job, status: str, num_samples: int, rate_hz: int, num_channels: int, warning: str | None = None
+    job: Job,
+    status: str,
+    num_samples: int,
+    rate_hz: int,
+    num_channels: int,
+    warning: str | None = None,
+    notice: str | None = None,
 ) -> Outcome:
     num_bytes = 0 if job.target == STANDARD else os.path.getsize(job.target)
-    return Outcome(job.source, job.target, status, num_samples, rate_hz, num_channels, num_bytes, warning=warning)
+    return Outcome(
+        job.source, job.target, status, num_samples, rate_hz, num_channels, num_bytes, warning=warning, notice=notice
+    )
+
+
+def _concealed(source: str, reader: Reader, stretch: Stretch | None) -> str | None:
+    """What to say of losses that were concealed in a stretch; None where there were none."""
+    from codec.salvage import SalvagingReader
+
+    if not isinstance(reader, SalvagingReader):
+        return None
+    stretch = (stretch or Stretch()).within(reader.num_samples)
+    end = stretch.first_sample + (stretch.num_samples or 0)
+    rate_hz = reader.header.rate_hz
+    places = [
+        f"{first / rate_hz:.3f} to {(first + num_samples) / rate_hz:.3f} s"
+        for first, num_samples in reader.lost
+        if first < end and first + num_samples > stretch.first_sample
+    ]
+    if not places:
+        return None
+    more = f" and {len(places) - _MAX_PLACES} more" if len(places) > _MAX_PLACES else ""
+    return f"{_name(source)}: damaged; concealed {', '.join(places[:_MAX_PLACES])}{more}"
 
 
 def _is_encoded(
@@ -314,8 +353,7 @@ def named(source: str) -> Iterator[None]:
     try:
         yield
     except (BitstreamError, StretchError) as error:
-        name = "standard input" if source == STANDARD else source
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{_name(source)}: {error}") from error
 
 
 def named_events(reader: Reader, source: str) -> Iterator[Event]:
@@ -326,7 +364,12 @@ def named_events(reader: Reader, source: str) -> Iterator[Event]:
 
 @contextlib.contextmanager
 def open_container(
-    source: str, model: str | None, *, seekable: bool = False, allow_truncated: bool = False
+    source: str,
+    model: str | None,
+    *,
+    seekable: bool = False,
+    allow_truncated: bool = False,
+    allow_damaged: bool = False,
 ) -> Iterator[Reader]:
     """A container from a path or standard input; a pipe is copied first where it has to be searched."""
     from codec import token_format
@@ -340,7 +383,9 @@ def open_container(
             spool.seek(0)
             stream = spool
         with named(source):
-            reader = token_format.open(stream, model=model, allow_truncated=allow_truncated)
+            reader = token_format.open(
+                stream, model=model, allow_truncated=allow_truncated, allow_damaged=allow_damaged
+            )
         yield reader
 
 
@@ -385,8 +430,11 @@ def _bundled_name(header: Header) -> str:
 
 def truncated(source: str, seconds: float) -> str:
     """The warning that a file ends too early."""
-    name = "standard input" if source == STANDARD else source
-    return f"{name}: the file is cut off; {seconds:.3f} s of it are good, and those were taken"
+    return f"{_name(source)}: the file is cut off; {seconds:.3f} s of it are good, and those were taken"
+
+
+def _name(source: str) -> str:
+    return "standard input" if source == STANDARD else source
 
 
 def reason_of(error: Exception) -> str:

@@ -25,6 +25,7 @@ from safetensors.numpy import save as serialize
 from codec.bitstream import BitstreamError, Event, Header, Reader, SegmentStart, Writer
 from codec.entropy import EntropyTables
 from codec.files import AtomicFile
+from codec.salvage import SalvagingReader
 
 FILE_NAME = "tokens.safetensors"
 FEATURE_FOLDER = "features"  # beside it, where a model has one: the speech model that it hears by
@@ -136,8 +137,11 @@ def open(
     *,
     model: str | os.PathLike[str] | None = None,
     allow_truncated: bool = False,
+    allow_damaged: bool = False,
 ) -> Reader:
     """Open a `.codec` file for reading; see `Reader`. No model is loaded.
+
+    With `allow_damaged` it is a `codec.salvage.SalvagingReader`: frames that are lost to damage are codes of -1.
 
     Entropy tables are those of `model`, a bundled model or a folder; by default, of the bundled model that made the
     file. BitstreamError where the file is none; OSError where it cannot be opened.
@@ -146,7 +150,7 @@ def open(
     ...     for codes in file:  # int64 [channels, K, F], block by block
     ...         ...
     """
-    reader = Reader(source, allow_truncated=allow_truncated)
+    reader = SalvagingReader(source) if allow_damaged else Reader(source, allow_truncated=allow_truncated)
     try:
         if reader.header.entropy_id is not None:
             reader.tables = _tables_for(reader.header, model)

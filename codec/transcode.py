@@ -21,6 +21,7 @@ from codec.audio import AudioReader, AudioWriter, Resampler, fit_length
 from codec.bitstream import FRAMES_PER_BLOCK, BitstreamError, Event, Header, Reader, SegmentEnd, SegmentStart, Writer
 from codec.models.interface import FRAMES_PER_STEP, UNLIMITED, Codec, StreamableCodec, streamable
 from codec.models.voice import VoicedCodec, voiced
+from codec.streaming.concealment import Concealer
 from codec.stretch import Stretch, StretchError
 from codec.token_format import TokenFormat
 from codec.windows import WindowedDecoder, WindowedEncoder
@@ -288,6 +289,7 @@ def decode_events(
 
     `num_quantizers`: rows of codes to decode, by default all that are there. `global_codes` int64 [L]: another voice,
     for all channels. ValueError where the codec has none, BitstreamError for all else that does not fit together.
+    Blocks whose codes are -1 were lost (`codec.salvage`), and are concealed.
     """
     check_fits(codec, header)
     num_there = len(header.codebook_sizes)
@@ -364,12 +366,20 @@ class _Decoder:
         self._held = np.zeros((header.num_channels, 0), np.float32)
         self._resampler = Resampler(codec.sample_rate_hz, header.rate_hz, header.num_channels)
         self._device = next(codec.parameters()).device
+        self._concealer = Concealer.of(codec)
 
     def push(self, codes: np.ndarray) -> np.ndarray:
+        """Real codes, or -1 throughout: those were lost."""
         parts = [self._held]
         step = max(1, FRAMES_PER_STEP // len(codes))
         for first in range(0, codes.shape[2], step):
             piece = torch.from_numpy(np.ascontiguousarray(codes[:, :, first : first + step])).to(self._device)
+            if piece[0, 0, 0] < 0:
+                # In place: windows want as many rows of codes in all pieces.
+                instead, self._concealer = self._concealer.lost(piece.shape[2])
+                piece[:, : instead.shape[-2]] = instead
+            else:
+                self._concealer = self._concealer.heard(piece)
             parts.append(self._in_time(self._synthesis.push(piece)))
         joined = np.concatenate(parts, axis=1)
         known = max(0, joined.shape[1] - self._num_held)
@@ -388,7 +398,8 @@ class _Decoder:
     def _in_time(self, audio: Tensor) -> np.ndarray:
         late = min(self._num_late, audio.shape[2])
         self._num_late -= late
-        result: np.ndarray = audio[:, 0, late:].cpu().numpy()
+        audio, self._concealer = self._concealer.shape(audio[:, 0, late:])
+        result: np.ndarray = audio.cpu().numpy()
         return result
 
     def _at_original_rate(self, audio: np.ndarray) -> np.ndarray:

@@ -238,6 +238,7 @@ def test_encode_and_decode_report_in_json(speech: Path, model: Path) -> None:
         "seconds": 3000 / RATE_HZ,
         "error": None,
         "warning": None,
+        "notice": None,
     }
     counts = {"num_done": 1, "num_skipped": 0, "num_failed": 0, "seconds": 3000 / RATE_HZ}
     assert report == {"files": [file], **counts}

@@ -9,6 +9,7 @@ import pytest
 
 from codec.bitstream import Reader
 from codec.header import split_number
+from codec.salvage import SalvagingReader
 from tools.fuzz import Mutation, fuzz, mutation, samples
 
 NUM_MUTATIONS = 20_000
@@ -82,6 +83,14 @@ def test_a_reader_that_crashes_or_hangs_is_found_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Reader, "_num_frames_of", hanging)
     monkeypatch.setattr("tools.fuzz._MAX_SECONDS", 0.2)
     assert any("_TooSlow after 0.2 s" in failure for failure in fuzz(range(3000), seconds=2).failures)
+
+
+def test_a_careless_salvager_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trusting(reader: SalvagingReader, window: bytes, at: int, checksum_before: int) -> bool:
+        return reader._claimed(window, at, len(window)) is not None
+
+    monkeypatch.setattr(SalvagingReader, "_is_good", trusting)
+    assert any("what is salvaged is not in its place" in failure for failure in fuzz(range(2000)).failures)
 
 
 def test_it_stops_when_it_is_time() -> None:

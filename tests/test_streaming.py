@@ -147,7 +147,7 @@ def test_the_voice_may_be_asked_for_at_any_time() -> None:
     audio = _audio(3 * VOICE_SAMPLES)
     encoder = StreamingEncoder(VOICED)
     encoder.push(audio)
-    kept = sum(piece.shape[1] for piece in encoder._heard)
+    kept = sum(piece.shape[1] for piece in encoder._voice._heard)
     encoder.flush()
     assert kept == VOICE_SAMPLES, "what says nothing of the voice is not kept"
     assert torch.equal(_voice(encoder), VOICED.encode_global(audio[None])[0])

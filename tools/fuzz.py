@@ -4,7 +4,9 @@ Small valid containers of all kinds are damaged (bits, bytes, truncation), edite
 another container) or forged (changed with all checksums repaired, so that the code behind them is reached), and read in
 all ways. Whatever the bytes: nothing but BitstreamError is raised, soon and in little memory, and where reading through
 succeeds, every way of reading tells the same. Damage and edits must not pass unseen either: what is given out comes
-from the true file, in its order. Prints how often what happened; `--only INDEX` replays one mutation.
+from the true file, in its order. What is salvaged of damaged files (`codec.salvage`) has the true lengths, and where
+there is one loss, every frame that is not lost is the true one, in its place. Prints how often what happened; `--only
+INDEX` replays one mutation.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import numpy as np
 from codec.bitstream import Event, Reader, Segment, SegmentEnd, SegmentStart, Writer
 from codec.entropy import EntropyTables, Parent, RowModel
 from codec.header import BitstreamError, Header, TruncatedError, leb128, split_number
+from codec.salvage import SalvagingReader
 
 _MAX_SECONDS = 10.0  # of processor time for one mutation; a few bytes can claim 2^17 codes, which take 0.1 s each time
 _MAX_BYTES = 2**25
@@ -330,6 +333,8 @@ def check(mutated: Mutation, rng: random.Random) -> str:
         _check_events(mutated, rescued, is_whole=lenient_error is None, is_cut_short=lenient.is_truncated)
         _search(mutated, lenient, rng)
     _search(mutated, sample.open(data), rng)
+    if error is None or rng.randrange(3) == 0:
+        _salvage(mutated, events, error, rng)
     if error is None:
         return (
             "read as it was" if data == sample.data or same_events(events, sample.events) else "read as something else"
@@ -398,6 +403,37 @@ def _check_agreement(reader: Reader, events: list[Event]) -> None:
     _must(all(_equal(s.start, t) for s, t in zip(reader.segments, starts, strict=True)), "starts are wrong")
     if pieces:
         _must(np.array_equal(reader.read(), np.concatenate(pieces, axis=2)), "read() gives other codes")
+
+
+def _salvage(mutated: Mutation, events: list[Event], error: BitstreamError | None, rng: random.Random) -> None:
+    """Read what is left; of damage, the lengths and what is not lost have to be true."""
+    sample = mutated.sample
+    reader = SalvagingReader(io.BytesIO(mutated.data), tables=sample.tables)
+    salvaged, refusal = _collect(reader.events())
+    if error is None:
+        _must(same_events(salvaged, events), "a good file is salvaged as something else")
+    if refusal is not None:
+        return
+    _check_agreement(reader, salvaged)
+    pieces = [event for event in salvaged if isinstance(event, np.ndarray)]
+    codes = np.concatenate([sample.codes[:, :, :0], *pieces], axis=2) if mutated.kind in _DAMAGE else sample.codes
+    is_lost = (codes < 0).all(axis=(0, 1))
+    _must(np.array_equal(is_lost, (codes < 0).any(axis=(0, 1))), "parts of a frame are lost")
+    num_losses = int(np.count_nonzero(np.diff(is_lost, prepend=False) & is_lost))
+    _must((num_losses == 0) == (not is_lost.any()) and bool(reader.lost) <= bool(error), "what is lost is told wrongly")
+    if mutated.kind in _DAMAGE:
+        _must(reader.is_truncated or codes.shape == sample.codes.shape, "there are other frames")
+        ends, true_ends = ([s.first_sample + s.num_samples for s in of] for of in (reader.segments, sample.segments))
+        _must(reader.is_truncated or ends[-1] == true_ends[-1], "there are other samples")
+        # A gap may swallow where one segment ends and another begins.
+        _must(reader.is_truncated or set(ends) <= set(true_ends), "segments end elsewhere")
+        true = sample.codes[:, :, : codes.shape[2]]
+        if num_losses <= 1 and not reader.is_truncated:
+            _must(np.array_equal(codes[:, :, ~is_lost], true[:, :, ~is_lost]), "what is salvaged is not in its place")
+    count = reader.num_samples
+    if count:
+        first = rng.randrange(count)
+        _collect(reader.events(first, rng.randint(1, count - first)))
 
 
 def _search(mutated: Mutation, reader: Reader, rng: random.Random) -> None:

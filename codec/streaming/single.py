@@ -161,8 +161,8 @@ class StreamingDecoder:
             raise ValueError("this stream was flushed; reset it to begin another")
         if num_frames < 0:
             raise ValueError(f"num_frames must not be negative, got {num_frames}")
-        parts = [self._shape(self._step(self._concealer.absent[:, :0]))]
-        while num_frames:
+        parts: list[Tensor] = []
+        while num_frames or not parts:
             # In pieces, so that a loss of hours takes no memory for its codes.
             piece = min(num_frames, FRAMES_PER_STEP)
             codes, self._concealer = self._concealer.lost(piece)
