@@ -32,6 +32,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"codec", next(n for n in names if "dist-info" in n).split("/")[0]}
     for name in ("config.json", "model.safetensors", "tokens.safetensors"):
         assert f"codec/bundled/speech_16k/{name}" in names
+    for name in ("page.html", "page.css", "page.js", "worklets.js"):
+        assert f"codec/serving/page/{name}" in names
 
     site = tmp_path / "site"
     _run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
