@@ -7,7 +7,7 @@ import pytest
 
 from codec.models.mimi import MimiConfig
 from codec.quantizers.split import SplitVQConfig
-from tools.moshi_peer import moshi_loaders
+from tools.stream_load.moshi_peer import moshi_loaders
 
 
 def import_moshi() -> Any:

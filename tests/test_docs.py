@@ -34,8 +34,8 @@ def test_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
-    for module in re.findall(r"python3? -m (recipes|tools)\.(\w+)", text):
-        assert (ROOT / module[0] / f"{module[1]}.py").exists(), module
+    for module in re.findall(r"python3? -m (recipes|tools)\.([\w.]*\w)", text):
+        assert (ROOT / module[0] / f"{module[1].replace('.', '/')}.py").exists(), module
 
 
 def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

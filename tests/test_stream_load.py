@@ -9,8 +9,9 @@ import pytest
 
 from codec.models.interface import StreamableCodec
 from codec.testing import tiny_codec, tiny_voiced_codec
-from tools import stream_load
-from tools.stream_load import Done
+from tools.stream_load import traffic, ways
+from tools.stream_load.traffic import Load
+from tools.stream_load.ways import Done
 
 
 class _Scripted:
@@ -52,12 +53,12 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     clock = _Clock()
-    monkeypatch.setattr(stream_load, "time", clock)
+    monkeypatch.setattr(traffic, "time", clock)
     return clock
 
 
-def _run(decoders: _Scripted, num_streams: int, seconds: float = 2.0) -> stream_load.Load:
-    return stream_load.run(decoders, "scripted", num_streams=num_streams, seconds=seconds, prebuffer_ms=40)
+def _run(decoders: _Scripted, num_streams: int, seconds: float = 2.0) -> Load:
+    return traffic.run(decoders, "scripted", num_streams=num_streams, seconds=seconds, prebuffer_ms=40)
 
 
 def test_who_is_fast_enough_makes_nobody_wait(clock: _Clock) -> None:
@@ -97,14 +98,14 @@ def test_one_long_stop_is_an_underrun_of_every_stream(clock: _Clock) -> None:
 
 @pytest.mark.parametrize("codec", [tiny_codec(), tiny_voiced_codec()], ids=["multirate", "semantic_global"])
 def test_every_way_decodes_every_frame(codec: StreamableCodec) -> None:
-    codes = stream_load._Codes(codec, 3)
-    ways = [stream_load._Pool(codec, 3, codes), stream_load._OneByOne(codec, 3, codes)]
+    codes = ways.Codes(codec, 3)
+    tried: list[ways.Decoders] = [ways.Pool(codec, 3, codes), ways.OneByOne(codec, 3, codes)]
     if codec.num_global_codes:
         with pytest.raises(ValueError, match="hears everything before a frame"):
-            stream_load._Recompute(codec, 3, codes)
+            ways.Recompute(codec, 3, codes)
     else:
-        ways.append(stream_load._Recompute(codec, 3, codes))
-    for way in ways:
+        tried.append(ways.Recompute(codec, 3, codes))
+    for way in tried:
         num_frames, num_samples = [0] * 3, [0] * 3
         for at in range(30):
             for stream in range(3):

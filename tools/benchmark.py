@@ -25,8 +25,8 @@ from codec.pretrained import load
 from codec.streaming import StreamingDecoder, StreamingEncoder
 from codec.testing import speech_like
 from codec.token_format import DEFAULT_MODEL
-from tools import stream_load
 from tools.quantizer_speed import command as quantizer_command
+from tools.stream_load import command as streams_command
 
 
 def _median_seconds(call: Callable[[], object], num_runs: int) -> float:
@@ -101,18 +101,18 @@ def main() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
-    stream_load.add_arguments(
+    streams_command.add_arguments(
         commands.add_parser(
             "streams",
             help="how many streams are decoded in real time",
-            description=stream_load.__doc__,
+            description=streams_command.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     args = parser.parse_args()
     try:
         if args.command == "streams":
-            stream_load.command(args)
+            streams_command.command(args)
             return
         if args.command == "quantizer":
             quantizer_command.run(args)

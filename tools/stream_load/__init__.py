@@ -1,0 +1,1 @@
+"""The load test of many streams: `python -m tools.benchmark streams`."""
