@@ -49,7 +49,7 @@ def test_which_parts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(gpu_job, "run_part", run_part)
     assert run() == 0
-    assert list(parts) == ["gpu", "tests", "search", "quantizer"]
+    assert list(parts) == ["gpu", "tests", "pool", "search", "quantizer", "streams"]
     data = ("--train-dir", str(tmp_path), "--dev-dir", str(tmp_path))
     assert run(*data, "--minutes", "67", "--overrides", "optimizer.lr=0.1") == 0
     training = parts["training"]

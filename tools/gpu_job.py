@@ -1,4 +1,4 @@
-"""What to run when a GPU is at hand, in one call: tests of its kernels, their speed, and training.
+"""What to run when a GPU is at hand, in one call: tests of kernels and pools, their speed, and training.
 
     python -m tools.gpu_job OUT
     python -m tools.gpu_job OUT --train-dir PACKED/train --dev-dir PACKED/dev --minutes 4
@@ -11,8 +11,8 @@ The tests need pytest and hypothesis besides PyTorch, and the speed of the searc
 needs the library's requirements; training its extra `train`. A part whose packages are missing fails by itself, and the
 others run; but with kernels that fail their tests nothing is trained.
 
-OUT receives what each part prints (gpu.txt, tests.txt, search.txt, quantizer.txt, training.txt), search.json,
-quantizer.json, and run/ as `recipes.train` writes it. The exit status is 1 where a part failed.
+OUT receives what each part prints (gpu.txt, tests.txt, pool.txt, search.txt, quantizer.txt, streams.txt, training.txt),
+search.json, quantizer.json, and run/ as `recipes.train` writes it. The exit status is 1 where a part failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_SECONDS, SEARCH_SECONDS, SPEED_SECONDS = 110, 80, 90
+TEST_SECONDS, POOL_SECONDS, SEARCH_SECONDS, SPEED_SECONDS, STREAMS_SECONDS = 90, 40, 60, 70, 40
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,10 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not run_part("gpu", ["-c", about], out, SEARCH_SECONDS):
         sys.exit("error: no GPU that PyTorch and Triton can use")
     tests_pass = run_part("tests", ["-m", "pytest", "-q", "tests/triton_cases.py"], out, TEST_SECONDS)
+    pool = ["-m", "pytest", "-q", "-m", "cuda", "tests/test_stream_pool.py"]
+    all_pass = run_part("pool", pool, out, POOL_SECONDS) and tests_pass
     search = ["-m", "tools.benchmark_gpu_search", "--json", str(out / "search.json")]
-    all_pass = run_part("search", search, out, SEARCH_SECONDS) and tests_pass
+    all_pass = run_part("search", search, out, SEARCH_SECONDS) and all_pass
     speed = ["-m", "tools.benchmark", "quantizer", "--device", "cuda", "--json", str(out / "quantizer.json")]
     all_pass = run_part("quantizer", speed, out, SPEED_SECONDS) and all_pass
+    streams = ["streams", "--device", "cuda", "--ways", "pool", "--streams", "1", "64", "256", "1024", "--seconds", "4"]
+    all_pass = run_part("streams", ["-m", "tools.benchmark", *streams], out, STREAMS_SECONDS) and all_pass
     if args.train_dir and tests_pass:
         all_pass = run_part("training", ["-m", "recipes.train", *_training(args, out)], out) and all_pass
     sys.exit(0 if all_pass else 1)

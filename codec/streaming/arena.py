@@ -63,14 +63,14 @@ class Stepper:
     def step(self, inputs: Tensor, places: Sequence[int], tile_rows: int) -> Tensor:
         """Inputs [B, ...] of the streams at these places, B <= `tile_rows` -> outputs [B, ...], in memory of their own.
 
-        Inputs are codes, or audio.
+        Inputs are codes, or audio. Both lie on the CPU.
         """
-        if inputs.is_cuda:
+        rows = self._arena.places(places)
+        if rows.is_cuda:
             num_missing = tile_rows - len(inputs)
             nothing = inputs.new_full((num_missing, *inputs.shape[1:]), 0 if inputs.is_floating_point() else -1)
             filled = self._arena.places([*places, *[self._arena.spare_place] * num_missing])
-            return self._filled_step(torch.cat([inputs, nothing]), filled)[: len(inputs)]
-        rows = self._arena.places(places)
+            return self._filled_step(torch.cat([inputs, nothing]).to(rows.device), filled)[: len(inputs)].cpu()
         outputs, after = self.function(inputs, self._arena.get(rows))
         self._arena.put(rows, after)
         return outputs

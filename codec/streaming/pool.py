@@ -72,6 +72,7 @@ class StreamPool:
         self.capacity = capacity
         self.step_frames = step_frames
         self.max_pending_frames = max_pending_frames
+        self._device = codec.quantizer.device
         self._kind: type[QueuedStream] = DecoderStream if direction == "decode" else EncoderStream
         self._arena = StateArena(self._kind.steady_state(self.codec), capacity)
         self._stepper = Stepper(self._kind.step_function(self.codec), self._arena, compile)
@@ -195,7 +196,7 @@ class StreamPool:
 
     @torch.inference_mode()
     def step(self) -> dict[int, Tensor]:
-        """Advance each stream that has whole frames waiting: number -> audio [C, n], or codes [K, F].
+        """Advance each stream that has whole frames waiting: number -> audio [C, n], or codes [K, F], on the CPU.
 
         A stream that ended is there once more with its last piece, even where that is empty.
         """
@@ -235,8 +236,8 @@ class StreamPool:
             outputs = dict(zip(settled, rows, strict=True))
         for i, stream in enumerate(streams):
             if stream.state is not None:
-                row, stream.state = self._stepper.function(inputs[i][None], stream.state)
-                outputs[i] = row[0]
+                row, stream.state = self._stepper.function(inputs[i][None].to(self._device), stream.state)
+                outputs[i] = row[0].cpu()
         return [outputs[i] for i in range(len(streams))]
 
     def _settle(self, streams: Sequence[QueuedStream]) -> None:
@@ -255,9 +256,9 @@ class StreamPool:
         tails = {}
         if settled:
             states = self._arena.get(self._arena.places(list(settled.values())))
-            tails = dict(zip(settled, self._kind.flushed(self.codec, states), strict=True))
+            tails = dict(zip(settled, self._kind.flushed(self.codec, states).cpu(), strict=True))
         for number, stream in ended.items():
-            tail = tails[number] if stream.state is None else self._kind.flushed(self.codec, stream.state)[0]
+            tail = tails[number] if stream.state is None else self._kind.flushed(self.codec, stream.state)[0].cpu()
             pieces[number].append(stream.tail(tail))
 
     def _delivered(self, moved: dict[int, QueuedStream], pieces: dict[int, list[Tensor]]) -> dict[int, Tensor]:

@@ -31,7 +31,11 @@ class StreamClosed(ValueError):
 
 
 class QueuedStream(ABC):
-    """What encoders and decoders share. A pool calls all of it under its lock, but `emitted`, `tail` and `state`."""
+    """What encoders and decoders share. A pool calls all of it under its lock, but `emitted`, `tail` and `state`.
+
+    What waits, and what comes out, lies on the CPU, wherever the codec is: a tile goes to a GPU and back in one copy
+    each, instead of one for every stream.
+    """
 
     def __init__(
         self, codec: StreamableCodec, *, num_quantizers: int | None = None, global_codes: Tensor | None = None
@@ -171,7 +175,7 @@ class DecoderStream(QueuedStream):
             if isinstance(first, int):
                 codes, self._concealer = self._concealer.lost(num_taken)
                 missing = len(self._codec.codebook_sizes) - codes.shape[0]
-                codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=-1)
+                codes = torch.nn.functional.pad(codes.cpu(), (0, 0, 0, missing), value=-1)
             else:
                 codes = first[:, :num_taken]
                 self._concealer = self._concealer.heard(codes)
@@ -190,7 +194,7 @@ class DecoderStream(QueuedStream):
         return output if self._has_begun else output[:, :0]
 
     def nothing(self) -> Tensor:
-        return torch.zeros(self._codec.num_channels, 0, device=self._codec.quantizer.device)
+        return torch.zeros(self._codec.num_channels, 0)
 
     @staticmethod
     def checked(codec: StreamableCodec, piece: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ class DecoderStream(QueuedStream):
         # With rows of absent codes, so that streams of any rates fit in one batch.
         copied = np.full((len(sizes), codes.shape[1]), -1)
         copied[:num_rows] = codes
-        return torch.from_numpy(copied).to(codec.quantizer.device)
+        return torch.from_numpy(copied)
 
     @staticmethod
     def step_function(codec: StreamableCodec) -> StepFunction:
@@ -259,7 +263,7 @@ class EncoderStream(QueuedStream):
         self.voice.end()
         missing = -self._num_samples % self._codec.hop_length
         if missing:
-            self._append(torch.zeros(self._codec.num_channels, missing, device=self._codec.quantizer.device))
+            self._append(torch.zeros(self._codec.num_channels, missing))
 
     def _append(self, piece: Tensor) -> None:
         self._queue.append(piece)
@@ -286,8 +290,7 @@ class EncoderStream(QueuedStream):
         return output[: self._num_rows]
 
     def nothing(self) -> Tensor:
-        shape = (self._num_rows, 0)
-        return torch.zeros(shape, dtype=torch.int64, device=self._codec.quantizer.device)
+        return torch.zeros(self._num_rows, 0, dtype=torch.int64)
 
     @staticmethod
     def checked(codec: StreamableCodec, piece: Tensor) -> Tensor:
@@ -296,7 +299,7 @@ class EncoderStream(QueuedStream):
         audio = np.array(piece.float().numpy(force=True))
         if not np.isfinite(audio).all():
             raise ValueError("audio holds NaN or infinity")
-        return torch.from_numpy(audio).to(codec.quantizer.device)
+        return torch.from_numpy(audio)
 
     @staticmethod
     def step_function(codec: StreamableCodec) -> StepFunction:

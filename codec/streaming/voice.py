@@ -29,8 +29,9 @@ class VoiceListener:
     def global_codes(self) -> Tensor | None:
         """The voice, int64 [L], as `codec.encode` finds it; None before `voice_samples` samples or the end are here."""
         if self._waits and self._num_missing == 0:
-            nothing = torch.zeros(self._codec.num_channels, 0, device=self._codec.quantizer.device)
-            self._voice = voiced(self._codec).encode_global(torch.cat([nothing, *self._heard], dim=1)[None])[0]
+            heard = self._heard or [torch.zeros(self._codec.num_channels, 0)]
+            audio = torch.cat(heard, dim=1).to(self._codec.quantizer.device)
+            self._voice = voiced(self._codec).encode_global(audio[None])[0]
             self._heard, self._waits = [], False
         return self._voice
 

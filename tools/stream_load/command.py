@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 10, 20, 40, 60, 80], metavar="N")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--mimi", action="store_true", help="Mimi of the moshi package as well, which must be there")
     parser.add_argument("--prebuffer-ms", type=float, default=40.0, help="that a listener waits (default: 40)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -53,7 +53,8 @@ def measured(codec: StreamableCodec, args: argparse.Namespace) -> Iterator[Load]
         "one by one": lambda n: OneByOne(codec, n, Codes(codec, n)),
         "recompute": lambda n: Recompute(codec, n, Codes(codec, n)),
     }
-    chosen = {way: ways[way] for way in args.ways} | ({"mimi": Mimi} if args.mimi else {})
+    wanted = args.ways or [way for way in WAYS if way != "recompute" or Recompute.can_decode(codec)]
+    chosen = {way: ways[way] for way in wanted} | ({"mimi": Mimi} if args.mimi else {})
     for way, build in chosen.items():
         for num_streams in sorted(args.streams):
             if num_streams < 1:

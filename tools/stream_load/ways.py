@@ -48,23 +48,21 @@ class Decoders(Protocol):
 
 
 class Codes:
-    """Random codes of every stream, the same for each way of decoding."""
+    """Random codes of every stream, the same for each way of decoding. They lie on the CPU, where they arrive."""
 
     def __init__(self, codec: StreamableCodec, num_streams: int) -> None:
-        device = codec.quantizer.device
-        self.is_cuda = device.type == "cuda"
         generator = torch.Generator().manual_seed(0)
         shape = (num_streams, _NUM_CODES)
         rows = [torch.randint(0, size, shape, generator=generator) for size in codec.codebook_sizes]
-        self._codes = torch.stack(rows, dim=1).to(device)
+        self._codes = torch.stack(rows, dim=1)
         size = codec.num_global_codes
-        self.voice = torch.zeros(size, dtype=torch.int64, device=device) if size else None
+        self.voice = torch.zeros(size, dtype=torch.int64) if size else None
 
     def frames(self, stream: int, first: int, last: int) -> Tensor:
         """Codes [K, last - first]; they begin again when they are over."""
         if last <= _NUM_CODES:
             return self._codes[stream, :, first:last]
-        return self._codes[stream][:, torch.arange(first, last, device=self._codes.device) % _NUM_CODES]
+        return self._codes[stream][:, torch.arange(first, last) % _NUM_CODES]
 
 
 class Pool:
@@ -92,8 +90,6 @@ class Pool:
 
     def work(self) -> list[Done]:
         outputs = self._pool.step()
-        if self._codes.is_cuda:
-            torch.cuda.synchronize()
         moved = []
         for stream, number in enumerate(self._numbers):
             done = self._num_pushed[stream] - (_MAX_PENDING - self._pool.room(number))
@@ -111,6 +107,7 @@ class OneByOne:
 
     def __init__(self, codec: StreamableCodec, num_streams: int, codes: Codes) -> None:
         self.frame_seconds, self.sample_rate_hz = _frame_seconds(codec), codec.sample_rate_hz
+        self._codec, self._device = codec, codec.quantizer.device
         state = codec.decode_init(1, None if codes.voice is None else codes.voice[None])
         self.state_bytes_per_stream = sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))
         self._decoders = [StreamingDecoder(codec, global_codes=codes.voice) for _ in range(num_streams)]
@@ -134,25 +131,30 @@ class OneByOne:
         return [Done(stream, 1, self._decoded(stream, at))]
 
     def _decoded(self, stream: int, at: int) -> int:
-        return self._decoders[stream].push(self._codes.frames(stream, at, at + 1)).shape[1]
+        codes = self._codes.frames(stream, at, at + 1).to(self._device)
+        return self._decoders[stream].push(codes).cpu().shape[1]
 
 
 class Recompute(OneByOne):
     """No state: as many frames are decoded again as a new sample depends on."""
 
     def __init__(self, codec: StreamableCodec, num_streams: int, codes: Codes) -> None:
-        if codec.decode_frames_before >= UNLIMITED:
+        if not self.can_decode(codec):
             raise ValueError("this codec hears everything before a frame, so a window of frames cannot be decoded")
         super().__init__(codec, num_streams, codes)
-        self._codec = codec
         self._delay_frames = -(-codec.decode_delay_samples // codec.hop_length)
         self._window_frames = codec.decode_frames_before + 1 + self._delay_frames
         self.state_bytes_per_stream = self._window_frames * len(codec.codebook_sizes) * 8
 
+    @staticmethod
+    def can_decode(codec: StreamableCodec) -> bool:
+        """Whether a sample depends on a limited number of frames."""
+        return codec.decode_frames_before < UNLIMITED
+
     def _decoded(self, stream: int, at: int) -> int:
-        codes = self._codes.frames(stream, max(0, at + 1 - self._window_frames), at + 1)
-        num_samples = torch.tensor([codes.shape[1] * self._codec.hop_length])
-        self._codec.decode(Tokens(codes[None], num_samples, self._codec.codec_id))
+        codes = self._codes.frames(stream, max(0, at + 1 - self._window_frames), at + 1).to(self._device)
+        num_samples = torch.tensor([codes.shape[1] * self._codec.hop_length], device=self._device)
+        self._codec.decode(Tokens(codes[None], num_samples, self._codec.codec_id)).cpu()
         return self._codec.hop_length if at >= self._delay_frames else 0
 
 
