@@ -153,7 +153,7 @@ def test_packages_that_are_not_installed_are_told(form: str, monkeypatch: pytest
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
-@pytest.mark.parametrize(("name", "form", "peer"), peers.PEERS, ids=[f"{name}, {form}" for name, form, _ in peers.PEERS])
+@pytest.mark.parametrize(("name", "form", "peer"), peers.PEERS, ids=[f"{peer[0]}, {peer[1]}" for peer in peers.PEERS])
 def test_peers_give_the_same_codes_and_latents(name: str, form: str, peer: object) -> None:
     module = {"encodec": "encodec", "dac": "dac", "moshi": "moshi"}.get(name, name.split()[0])
     try:
