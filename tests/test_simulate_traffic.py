@@ -15,8 +15,8 @@ from codec.pretrained import save
 from codec.testing import tiny_codec
 
 pytest.importorskip("fastapi")
-from tools import simulate_traffic
 from tools.simulate_traffic import Mismatch, Traffic, recordings_of
+from tools.stream_load.server import running_server
 
 ROOT = Path(__file__).parent.parent
 CODEC = tiny_codec()
@@ -68,6 +68,6 @@ def test_wrong_outputs_are_found(fault: str) -> None:
 def test_a_server_that_does_not_start_is_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"the server did not start: codec: .* is neither a bundled model"),
-        simulate_traffic.server_of(str(tmp_path / "nowhere"), 4, tmp_path / "log"),
+        running_server(str(tmp_path / "nowhere"), 4, tmp_path / "log"),
     ):
         pass

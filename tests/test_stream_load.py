@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from codec.models.interface import StreamableCodec
+from codec.pretrained import save
 from codec.testing import tiny_codec, tiny_voiced_codec
 from tools.stream_load import traffic, ways
 from tools.stream_load.traffic import Load
@@ -132,6 +133,19 @@ def test_the_command_measures() -> None:
     loads = json.loads(done.stdout)["loads"]
     assert [load["way"] for load in loads] == ["pool", "one by one"]
     assert all(load["num_frames"] == 20 for load in loads)
+
+
+def test_sessions_of_a_server_get_every_frame(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from tools.stream_load.served import run_served
+
+    codec = tiny_codec()
+    save(codec, tmp_path / "model", name="tiny@1")
+    load = run_served(str(tmp_path / "model"), codec, num_streams=3, seconds=0.2, prebuffer_ms=40)
+    assert load.num_streams == 3
+    assert load.num_frames == 3 * (50 - 1), "the first of the 50 frames of each comes out with the second"
+    assert 0 < load.latency_p50_ms < 10_000
+    assert 0 < load.busy_share < 2
 
 
 def test_a_mistake_is_one_line() -> None:

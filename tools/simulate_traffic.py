@@ -18,7 +18,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from codec.serving.client import DecodeSession, EncodeSession
 from codec.serving.protocol import Close, SessionError
 from codec.testing import speech_like
 from codec.tokens import Tokens
+from tools.stream_load.server import resident_mib, running_server
 
 _NUM_RECORDINGS = 40
 # The memory of the server after this share of the traffic is what the end is compared with.
@@ -281,32 +281,6 @@ class Traffic:
             raise Mismatch(f"{position} columns came, {wanted.shape[1]} were due")
 
 
-@contextlib.contextmanager
-def server_of(model: str, num_sessions: int, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A running server, and its address."""
-    command = [sys.executable, "-m", "codec", "serve", model, "--port", "0", "--max-sessions", str(num_sessions)]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr)
-    try:
-        for _ in range(600):
-            found = re.search(r"http://[^\s,]+", log.read_text(errors="replace"))
-            if found or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        if not found:
-            raise ValueError(f"the server did not start: {log.read_text(errors='replace').strip()[-300:]}")
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.wait()
-
-
-def resident_mib(process: subprocess.Popen[bytes]) -> float:
-    """Memory that a process holds. Linux only."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
-
-
 async def simulate(
     traffic: Traffic, process: subprocess.Popen[bytes], *, stream_hours: float, num_visitors: int, report_every_s: float
 ) -> dict[str, Any]:
@@ -407,7 +381,7 @@ def main() -> None:
                 raise ValueError(f"{codec.name} does not promise bits, so there is nothing to compare")
             recordings = recordings_of(codec, random.Random(args.seed), args.longest_s)
             log = Path(scratch) / "server.log"
-            with server_of(args.model, args.sessions, log) as (process, url):
+            with running_server(args.model, args.sessions, log) as (process, url):
                 traffic = Traffic(url, codec, recordings, args.seed)
                 result = asyncio.run(
                     simulate(

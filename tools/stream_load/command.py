@@ -8,6 +8,8 @@ others are computed waits. Each way of decoding gets the same traffic, one after
 - `one by one`: a `StreamingDecoder` for each stream;
 - `recompute`: no state; for each frame the last frames are decoded again, as many as a sample depends on, and all but
   the new samples are thrown away: how codecs without streams are served;
+- `served` (`--served`): a pool in `codec serve`, over sockets, with all clients in this process; on a machine of few
+  cores they take their share;
 - `mimi` (`--mimi`): the decoder of the `moshi` package, random weights of its published shape and 8 rows of codes,
   all streams in one batch in step with each other; its frames are of 80 ms.
 
@@ -19,6 +21,7 @@ counted from the first frame's arrival, and waits for as many frames as the deco
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--mimi", action="store_true", help="Mimi of the moshi package as well, which must be there")
+    parser.add_argument("--served", action="store_true", help="over sockets as well (the extra serving)")
     parser.add_argument("--prebuffer-ms", type=float, default=40.0, help="that a listener waits (default: 40)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -55,16 +59,26 @@ def measured(codec: StreamableCodec, args: argparse.Namespace) -> Iterator[Load]
     }
     wanted = args.ways or [way for way in WAYS if way != "recompute" or Recompute.can_decode(codec)]
     chosen = {way: ways[way] for way in wanted} | ({"mimi": Mimi} if args.mimi else {})
-    for way, build in chosen.items():
+    times: dict[str, float] = {"seconds": args.seconds, "prebuffer_ms": args.prebuffer_ms}
+    runs: dict[str, Callable[[int], Load]] = {
+        way: functools.partial(_run_built, build, way, times) for way, build in chosen.items()
+    }
+    if args.served:
+        from tools.stream_load.served import run_served  # needs packages that nothing else needs
+
+        runs["served"] = lambda n: run_served(args.model or DEFAULT_MODEL, codec, num_streams=n, **times)
+    for run_with in runs.values():
         for num_streams in sorted(args.streams):
             if num_streams < 1:
                 raise ValueError(f"--streams {num_streams} must be positive")
-            load_ = run(
-                build(num_streams), way, num_streams=num_streams, seconds=args.seconds, prebuffer_ms=args.prebuffer_ms
-            )
-            yield load_
-            if not load_.is_real_time:
+            result = run_with(num_streams)
+            yield result
+            if not result.is_real_time:
                 break
+
+
+def _run_built(build: Callable[[int], Decoders], way: str, times: dict[str, float], num_streams: int) -> Load:
+    return run(build(num_streams), way, num_streams=num_streams, **times)
 
 
 def command(args: argparse.Namespace) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +55,7 @@ def run(decoders: Decoders, way: str, *, num_streams: int, seconds: float, prebu
     frames = itertools.product(streams, range(num_frames))
     arrivals = deque(sorted((phases[stream] + at * frame_seconds, stream) for stream, at in frames))
     waiting: list[deque[float]] = [deque() for _ in streams]
-    listeners = [_Listener(phases[stream], prebuffer_ms / 1000, decoders.sample_rate_hz) for stream in streams]
+    listeners = [Listener(phases[stream], prebuffer_ms / 1000, decoders.sample_rate_hz) for stream in streams]
     latencies: list[float] = []
     busy = 0.0
     started = time.perf_counter()
@@ -79,14 +81,31 @@ def run(decoders: Decoders, way: str, *, num_streams: int, seconds: float, prebu
             break  # far behind: what is left would not be heard either
     took = time.perf_counter() - started
     num_unheard = sum(map(len, waiting)) + len(arrivals)
-    latencies = latencies or [float("inf")]
-    first = [1000 * listener.first_audio for listener in listeners if listener.first_audio is not None] or [
-        float("inf")
-    ]
-    p50, p95, p99 = (1000 * float(value) for value in np.quantile(latencies, (0.5, 0.95, 0.99)))
+    return load_of(
+        way,
+        listeners,
+        latencies,
+        num_unheard=num_unheard,
+        busy_share=busy / took,
+        state_bytes_per_stream=decoders.state_bytes_per_stream,
+    )
+
+
+def load_of(
+    way: str,
+    listeners: Sequence[Listener],
+    latencies: Sequence[float],
+    *,
+    num_unheard: int,
+    busy_share: float,
+    state_bytes_per_stream: int,
+) -> Load:
+    """What there is to tell of these listeners; latencies in seconds."""
+    first = [1000 * heard for listener in listeners if (heard := listener.first_audio) is not None] or [math.inf]
+    p50, p95, p99 = (1000 * float(value) for value in np.quantile(latencies or [math.inf], (0.5, 0.95, 0.99)))
     return Load(
         way=way,
-        num_streams=num_streams,
+        num_streams=len(listeners),
         latency_p50_ms=p50,
         latency_p95_ms=p95,
         latency_p99_ms=p99,
@@ -94,12 +113,12 @@ def run(decoders: Decoders, way: str, *, num_streams: int, seconds: float, prebu
         first_audio_worst_ms=max(first),
         num_underruns=sum(listener.num_underruns for listener in listeners) + num_unheard,
         num_frames=len(latencies),
-        busy_share=busy / took,
-        state_kib_per_stream=decoders.state_bytes_per_stream / 1024,
+        busy_share=busy_share,
+        state_kib_per_stream=state_bytes_per_stream / 1024,
     )
 
 
-class _Listener:
+class Listener:
     """Plays what a stream gives, from `prebuffer_seconds` after the first of it."""
 
     def __init__(self, began: float, prebuffer_seconds: float, sample_rate_hz: int) -> None:
@@ -110,6 +129,7 @@ class _Listener:
         self.num_underruns = 0
 
     def hear(self, now: float, num_samples: int) -> None:
+        """So many samples more are there now, by the clock by which it began."""
         if num_samples == 0:
             return
         if self.first_audio is None:
