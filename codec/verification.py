@@ -1,8 +1,9 @@
 """Whether a model keeps its promise of equal bits on given recordings; what `codec verify` does.
 
-A recording is encoded alone, and again in ways that should not matter: in a batch, padded, as a stream, with other
-implementations of the residual search, with other numbers of threads. Its codes are decoded likewise. Alone, in one go,
-is what the others are compared with. The global codes of codecs that keep the voice apart are compared, too.
+A recording is encoded alone, and again in ways that should not matter: in a batch, padded, as a stream, as one of the
+streams of a pool, with other implementations of the residual search, with other numbers of threads. Its codes are
+decoded likewise. Alone, in one go, is what the others are compared with. The global codes of codecs that keep the voice
+apart are compared, too.
 
 Letters: C channels, T samples, K rows of codes, F frames, L global codes.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from codec.batch import progress_bar
 from codec.jobs import Options, UserError, load_model, named, open_audio, reason_of
 from codec.kernels.residual_search import Search, available_impls, rvq_margins, search_with, searches_seen
 from codec.models.interface import UNLIMITED, Codec
-from codec.streaming import StreamingDecoder, StreamingEncoder
+from codec.streaming import StreamingDecoder, StreamingEncoder, StreamPool
 from codec.tokens import Tokens
 from codec.transcode import stretch_of
 from codec.windows import WindowedDecoder, WindowedEncoder
@@ -37,6 +39,7 @@ FRAMES_PER_PIECE = 1024
 _DIFFERENCES_SHOWN = 20
 _GLOBAL = "global codes"
 _BATCH, _PADDED, _STREAM, _WINDOWS = "in a batch of 3", "padded, beside a longer one", "streamed", "in windows"
+_POOL = "in a pool of 3"
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ class Verifier:
             chunks = audio[0].split(_random_sizes(audio.shape[2], 16 * self._codec.hop_length), dim=1)
             codes_KF = torch.cat([*map(encoder.push, chunks), encoder.flush()], dim=1)
             yield _STREAM, codes_KF, encoder.global_codes
+            yield _POOL, *self._in_a_pool("encode", [audio[0], audio[0].flip(1), -0.5 * audio[0]])
         elif self._works_in_windows:
             windows = WindowedEncoder(self._codec, 1, num_quantizers=self._num_quantizers)
             yield _WINDOWS, torch.cat([windows.push(audio.cpu()), windows.flush()], dim=2)[0], None
@@ -257,6 +261,9 @@ class Verifier:
             decoder = StreamingDecoder(self._codec, global_codes=alone.global_codes)
             chunks = alone.codes[0].split(_random_sizes(num_frames, 16), dim=1)
             yield _STREAM, torch.cat([*map(decoder.push, chunks), decoder.flush()], dim=1)[:, :num_samples]
+            codes_KF = alone.codes[0]
+            heard, _ = self._in_a_pool("decode", [codes_KF, codes_KF.flip(1), codes_KF[:, 1:]], alone.global_codes)
+            yield _POOL, heard.to(codes_KF.device)[:, :num_samples]
         elif self._works_in_windows:
             windows = WindowedDecoder(self._codec, 1, global_codes=alone.global_codes)
             heard = torch.cat([windows.push(alone.codes), windows.flush()], dim=2)
@@ -264,6 +271,28 @@ class Verifier:
         for count in self._thread_counts:
             with _threads(count):
                 yield _counted(count, "thread"), self._codec.decode(alone)[0]
+
+    def _in_a_pool(
+        self, direction: str, inputs: Sequence[Tensor], voice: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a pool gives for the first of these streams, and its global codes; each gets pieces of its own sizes."""
+        pool = StreamPool(self._codec, direction, capacity=len(inputs))
+        num_quantizers = self._num_quantizers if direction == "encode" else None
+        numbers = [pool.open(num_quantizers=num_quantizers, global_codes=voice) for _ in inputs]
+        largest = 16 if direction == "decode" else 16 * self._codec.hop_length
+        sizes = [_random_sizes(whole.shape[1], largest, seed=seed) for seed, whole in enumerate(inputs)]
+        pieces = [deque(whole.split(of_one, dim=1)) for whole, of_one in zip(inputs, sizes, strict=True)]
+        outputs = []
+        while pool.is_open(numbers[0]):
+            for number, waiting in zip(numbers, pieces, strict=True):
+                if waiting:
+                    pool.push(number, waiting.popleft())
+            if not pieces[0]:
+                pool.end(numbers[0])
+                voice = pool.global_codes(numbers[0])
+            while pool.wait(0):
+                outputs.append(pool.step().get(numbers[0]))
+        return torch.cat([output for output in outputs if output is not None], dim=1), voice
 
     @property
     def _works_in_windows(self) -> bool:
@@ -290,7 +319,7 @@ class Verifier:
         if (kind, name) not in self._ways:
             # Equal latents have equal codes in every model; that latents are equal only some promise.
             is_of_search = name.startswith("search ")
-            is_of_model = name in (_BATCH, _PADDED, _STREAM) and self._codec.is_bit_exact
+            is_of_model = name in (_BATCH, _PADDED, _STREAM, _POOL) and self._codec.is_bit_exact
             self._ways[kind, name] = Way(kind, name, is_of_search or is_of_model)
             self.result.ways.append(self._ways[kind, name])
         return self._ways[kind, name]
@@ -311,9 +340,9 @@ def _margins(searches: list[Search], codes_KF: Tensor) -> Tensor | None:
     return torch.cat([rvq_margins(*search) for search in searches])[:num_frames]
 
 
-def _random_sizes(total: int, largest: int) -> list[int]:
-    """Sizes that add up to a total, the same at every call, small ones as likely as large ones, and some are 0."""
-    rng = np.random.default_rng(0)
+def _random_sizes(total: int, largest: int, *, seed: int = 0) -> list[int]:
+    """Sizes that add up to a total, the same for a seed, small ones as likely as large ones, and some are 0."""
+    rng = np.random.default_rng(seed)
     sizes = [0]
     while total:
         sizes.append(min(total, int(np.exp(rng.uniform(-0.5, np.log(largest))))))

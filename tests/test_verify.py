@@ -28,13 +28,14 @@ from codec.quantizers.residual import ResidualVQConfig
 from codec.quantizers.scalar import FSQConfig
 from codec.quantizers.simvq import SimVQConfig
 from codec.quantizers.split import SplitVQConfig
+from codec.streaming import StreamingDecoder, StreamingEncoder, StreamPool
 from codec.testing import speech_like, tiny_codec, tiny_voiced_codec
 from codec.tokens import Tokens
 from codec.verification import CodeDifference, Verification, Verifier, Way, text
 
 pytest_plugins = ["commands"]
 
-BATCH, PADDED, STREAM = "in a batch of 3", "padded, beside a longer one", "streamed"
+BATCH, PADDED, STREAM, POOL = "in a batch of 3", "padded, beside a longer one", "streamed", "in a pool of 3"
 SEARCHES = ["search 'reference'", "search 'blocked'", "search 'numba'"]
 NO_SEARCH: list[QuantizerConfig] = [
     FSQConfig(latent_dim=12, levels=(5, 4, 3)),
@@ -80,8 +81,8 @@ def test_our_model_keeps_its_promise(num_threads: int, num_samples: int, num_qua
     assert found.num_quantizers == (num_quantizers or 3)
     assert found.num_threads == torch.get_num_threads() == num_threads
     of_threads = f"{other} thread{'s' * (other > 1)}"
-    assert _names(found, "codes") == [BATCH, PADDED, STREAM, *SEARCHES, of_threads]
-    assert _names(found, "audio") == [BATCH, PADDED, STREAM, of_threads]
+    assert _names(found, "codes") == [BATCH, PADDED, STREAM, POOL, *SEARCHES, of_threads]
+    assert _names(found, "audio") == [BATCH, PADDED, STREAM, POOL, of_threads]
     for way in found.ways:
         assert way.is_promised == (way.name != of_threads)
         assert way.num_compared == (codec.num_frames_for(num_samples) if way.kind == "codes" else num_samples)
@@ -94,7 +95,7 @@ def test_with_every_quantizer(config: QuantizerConfig) -> None:
     found = _verified(tiny_codec(quantizer=config), _audio(2000))
     assert found.broken_promises == []
     does_search = config in WITH_SEARCH
-    assert _names(found, "codes") == [BATCH, PADDED, STREAM, *(SEARCHES if does_search else [])]
+    assert _names(found, "codes") == [BATCH, PADDED, STREAM, POOL, *(SEARCHES if does_search else [])]
     assert (found.smallest_margin is not None) == does_search
     assert ("smallest margin" in text(found)) == does_search
 
@@ -106,7 +107,7 @@ def test_global_codes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.broken_promises == []
     of_voice = [way for way in found.ways if way.kind == "global codes"]
     assert [(way.name, way.is_promised) for way in of_voice] == [
-        *((name, True) for name in (BATCH, PADDED, STREAM)),
+        *((name, True) for name in (BATCH, PADDED, STREAM, POOL)),
         ("2 threads", False),
     ]
     assert all((way.num_compared, way.num_different) == (4, 0) for way in of_voice)
@@ -146,7 +147,7 @@ def test_margins_are_those_of_the_codes() -> None:
 def _flaw_of(codec: Codec, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Let one code be another one in one way of encoding; its frame and row."""
     frame, row = 5, 1
-    encode, encode_step = codec.encode, codec.encode_step
+    encode, stream_step, pool_step = codec.encode, StreamingEncoder._step, StreamPool.step
     num_steps = 0
 
     def changed(codes: Tensor, frame: int) -> Tensor:
@@ -165,14 +166,21 @@ def _flaw_of(codec: Codec, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
             tokens = Tokens(codes, tokens.num_samples, tokens.codec_id)
         return tokens
 
-    def flawed_step(audio: Tensor, state: Any, **more: Any) -> tuple[Tensor, Any]:
+    def flawed_piece(codes_KF: Tensor) -> Tensor:
+        """The next codes of one stream."""
         nonlocal num_steps
-        codes, state = encode_step(audio, state, **more)
-        if audio.shape[2] < 20 * codec.hop_length:  # all others are longer
-            if num_steps <= frame < num_steps + codes.shape[2]:
-                codes = changed(codes, frame - num_steps)
-            num_steps += codes.shape[2]
-        return codes, state
+        at = frame - num_steps
+        num_steps += codes_KF.shape[1]
+        return changed(codes_KF[None], at)[0] if 0 <= at < codes_KF.shape[1] else codes_KF
+
+    def flawed_stream(encoder: StreamingEncoder, audio: Tensor) -> Tensor:
+        return flawed_piece(stream_step(encoder, audio))
+
+    def flawed_pool(pool: StreamPool) -> dict[int, Tensor]:
+        outputs = pool_step(pool)
+        if pool.direction == "encode" and 0 in outputs:
+            outputs[0] = flawed_piece(outputs[0])
+        return outputs
 
     def flawed_search(latents: Tensor, tables: SearchTables, num_rows: int) -> tuple[Tensor, None]:
         codes = residual_search.rvq_reference(latents, tables, num_rows=num_rows)
@@ -181,7 +189,9 @@ def _flaw_of(codec: Codec, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
         return codes, None
 
     if name == STREAM:
-        monkeypatch.setattr(codec, "encode_step", flawed_step)
+        monkeypatch.setattr(StreamingEncoder, "_step", flawed_stream)
+    elif name == POOL:
+        monkeypatch.setattr(StreamPool, "step", flawed_pool)
     elif name == "search 'blocked'":
         monkeypatch.setitem(residual_search._FAST, "blocked", flawed_search)
     else:
@@ -189,7 +199,7 @@ def _flaw_of(codec: Codec, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
     return frame, row
 
 
-@pytest.mark.parametrize("name", [BATCH, PADDED, STREAM, "search 'blocked'", "2 threads"])
+@pytest.mark.parametrize("name", [BATCH, PADDED, STREAM, POOL, "search 'blocked'", "2 threads"])
 def test_a_code_that_differs_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, audio = tiny_codec(), _audio(64 * 30)
     codes = codec.encode(audio[None]).codes[0]
@@ -209,10 +219,10 @@ def test_a_code_that_differs_is_found(name: str, monkeypatch: pytest.MonkeyPatch
     assert broken == ([] if name == "2 threads" else [("codes", name)])
 
 
-@pytest.mark.parametrize("name", [BATCH, PADDED, STREAM, "2 threads"])
+@pytest.mark.parametrize("name", [BATCH, PADDED, STREAM, POOL, "2 threads"])
 def test_audio_that_differs_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, audio = tiny_codec(), _audio(64 * 30)
-    decode, decode_step = codec.decode, codec.decode_step
+    decode, stream_push, pool_step = codec.decode, StreamingDecoder.push, StreamPool.step
 
     def flawed_decode(tokens: Tokens) -> Tensor:
         heard = decode(tokens)
@@ -222,15 +232,16 @@ def test_audio_that_differs_is_found(name: str, monkeypatch: pytest.MonkeyPatch)
             heard[int(len(heard) > 1), 0, 100] += 0.25
         return heard
 
-    def flawed_step(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-        heard, state = decode_step(codes, state)
-        if 1 < codes.shape[2] <= 16:  # all others are longer, or a flush
-            heard = heard + 0.25
-        return heard, state
+    def flawed_pool(pool: StreamPool) -> dict[int, Tensor]:
+        outputs = pool_step(pool)
+        return {number: output + 0.25 if pool.direction == "decode" else output for number, output in outputs.items()}
 
-    monkeypatch.setattr(
-        codec, "decode_step" if name == STREAM else "decode", flawed_step if name == STREAM else flawed_decode
-    )
+    if name == STREAM:
+        monkeypatch.setattr(StreamingDecoder, "push", lambda decoder, codes: stream_push(decoder, codes) + 0.25)
+    elif name == POOL:
+        monkeypatch.setattr(StreamPool, "step", flawed_pool)
+    else:
+        monkeypatch.setattr(codec, "decode", flawed_decode)
     found = _verified(codec, audio, thread_counts=(2,))
     for way in found.ways:
         is_it = (way.kind, way.name) == ("audio", name)
@@ -268,7 +279,7 @@ def test_no_margin_is_told_where_the_searches_are_of_other_codes(monkeypatch: py
     monkeypatch.setattr(codec, "encode", turned)
     found = _verified(codec, _audio(640))
     assert found.smallest_margin is None
-    assert {difference.way for difference in found.differences} == {STREAM}
+    assert {difference.way for difference in found.differences} == {STREAM, POOL}
     assert {difference.margin for difference in found.differences} == {None}
 
 
@@ -316,7 +327,7 @@ def test_models_of_convolutions_are_compared_for_information(name: str) -> None:
     codec = CONVOLUTIONS[name]()
     audio = _audio(7000 if name == "dac" else 1500, num_channels=codec.num_channels)
     found = _verified(codec, audio)
-    more = {"dac": ["in windows"], "encodec": [STREAM], "encodec_stereo": []}[name]
+    more = {"dac": ["in windows"], "encodec": [STREAM, POOL], "encodec_stereo": []}[name]
     assert _names(found, "codes") == [BATCH, PADDED, *more, *SEARCHES]
     assert _names(found, "audio") == [BATCH, PADDED, *more]
     assert {way.name for way in found.ways if way.is_promised} == set(SEARCHES)
@@ -346,9 +357,9 @@ def test_the_command_tells_in_tables(folder: Path, speech: Path, model: Path) ->
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert lines[0] == "tiny@1, 3 rows of codes, 1 thread: 1 file, 0.2 s"
     assert "codes promised frames codes that differ largest margin of them" in lines
-    for way in (BATCH, PADDED, STREAM, *SEARCHES):
+    for way in (BATCH, PADDED, STREAM, POOL, *SEARCHES):
         assert f"{way} yes 47 0 -" in lines
-    for way in (BATCH, PADDED, STREAM):
+    for way in (BATCH, PADDED, STREAM, POOL):
         assert f"{way} yes 3000 0 -" in lines
     assert sum(line.startswith("smallest margin of all codes: ") for line in lines) == 1
     assert not any(line.startswith("file way") for line in lines)
