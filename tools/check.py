@@ -76,9 +76,7 @@ def test(*, fast: bool) -> None:
     _run(python, "-m", "ruff", "check", ".")
     _run(python, "-m", "ruff", "format", "--check", ".")
     _run(python, "-m", "mypy")
-    # Whole files to each process, for what a file prepares once it uses often.
-    workers = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
-    _run(python, "-m", "pytest", "-q", *workers, *(["-m", "not slow"] if fast else []))
+    _run(python, "-m", "pytest", "-q", *(["-m", "not slow"] if fast else []))
 
 
 def main() -> None:

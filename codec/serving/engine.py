@@ -27,6 +27,7 @@ from codec.serving.metrics import Metrics
 from codec.serving.protocol import Facts, Welcome
 from codec.streaming import StreamClosed, StreamPool
 
+STEP_INTERVAL_S = 0.01  # from one step to the next, at least, where no more than a frame of each stream waits
 MAX_PENDING_FRAMES = 500  # of a stream; what is beyond stays with the client
 
 
@@ -224,10 +225,20 @@ class Engine:
                 self._wake.wait()
                 self._wake.clear()
                 while not self._is_stopping and (self._ending or self.encoders.wait(0) or self.decoders.wait(0)):
+                    began = time.perf_counter()
                     outputs = self._cycle()
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
+                    if not self._is_behind:
+                        # A step of few streams costs almost what one of many does: let some more arrive.
+                        time.sleep(max(0.0, STEP_INTERVAL_S - (time.perf_counter() - began)))
         except Exception as error:
             self._loop.call_soon_threadsafe(self._failed, error)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether more waits than about a frame of each stream."""
+        pools = (self.encoders, self.decoders)
+        return sum(pool.num_pending_frames for pool in pools) > sum(pool.num_open for pool in pools)
 
     def _cycle(self) -> list[_Delivery]:
         """A step of both pools. Outputs name the recording that they are from: its stream may have begun another."""
